@@ -24,9 +24,6 @@ _MOST_SCORES = 1 << 21
 class Passes:
     """Forward passes of one backbone, split to fit the memory of its device.
 
-    Args:
-        backbone: the extractor.
-
     Attributes:
         most: maximum batch size; None until a batch did not fit.
     """

@@ -122,14 +122,7 @@ def backbone_words(backbone: Backbone) -> str:
 
 
 def mismatch(made: str, recorded: dict[str, Any], backbone: Backbone, remedy: str) -> str:
-    """Message about a file that belongs to another backbone.
-
-    Args:
-        made: what belongs to the recorded backbone, as in "this artifact was calibrated for".
-        recorded: the recorded backbone.
-        backbone: the loaded backbone.
-        remedy: what to do.
-    """
+    """Message about a file of another backbone; ``made`` is as in "this artifact was calibrated for"."""
     return f"{made} {recorded_words(recorded)}, got {backbone_words(backbone)}. {remedy}"
 
 

@@ -160,12 +160,7 @@ class _Piece:
 
 
 class StageOne:
-    """The exact solver of one backbone and plan, for any number of photos.
-
-    Args:
-        backbone: the backbone.
-        options: options of stage 1; the method must be exact.
-        artifact: G, if known, as for `denoise_image`.
+    """The exact solver of one backbone and plan, for any number of photos; G may be known, as for `denoise_image`.
 
     Raises:
         PlanError: if the method is not exact, or there are too few views.

@@ -270,18 +270,13 @@ def _joint_counts(cuts: np.ndarray, clumps: int, bins: np.ndarray, count: int) -
 
 
 def _best_score(cumulative: np.ndarray, most: int, entropy_terms: np.ndarray) -> np.ndarray:
-    """Largest normalised information over cuts of the clumps into k = 2 to ``most`` intervals.
+    """Largest normalised information, (C,), over cuts of the clumps into k = 2 to ``most`` intervals.
+
+    ``cumulative`` (l, P + 1, C) counts the points in each of l bins of the first t of P clumps; ``entropy_terms`` has
+    m log m for m = 0 to n.
 
     An interval with m(q) points in bin q adds W = sum_q m(q) log m(q) - m log m to n (I - H(bins)), independently of
     the others, so dynamic programming over the start of the last interval finds the best cuts.
-
-    Args:
-        cumulative: (l, P + 1, C) counts in each of l bins of the first t of P clumps.
-        most: maximum number of intervals.
-        entropy_terms: m log m for m = 0 to n.
-
-    Returns:
-        (C,).
     """
     everything = cumulative[:, -1:]  # (l, 1, C)
     n = int(everything[..., 0].sum())

@@ -74,7 +74,7 @@ class TileLayout:
             tile: length of a tile in pixels; a shorter side has a single tile.
             overlap: minimum number of pixels shared by neighbours, up to half a tile.
             patch: side of a patch in pixels.
-            stride: distance between neighbouring patches in pixels.
+            stride: distance between patches in pixels.
 
         Raises:
             SizeError: if the tile does not fit the patch grid.

@@ -264,13 +264,7 @@ def _whole_pixels(width: np.ndarray, height: np.ndarray, draws: np.ndarray, size
 def areas_and_ratios(
     area: tuple[float, float], ratio: tuple[float, float], draws: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Areas and ratios of crops, each of shape (...), for draws (..., 2) in [0, 1).
-
-    Args:
-        area: minimum and maximum.
-        ratio: minimum and maximum of width / height.
-        draws: the first determines the area, the second the ratio.
-    """
+    """Areas and ratios (width / height) of crops, (...) each, from ranges of both and draws (..., 2) in [0, 1)."""
     low, high = np.log(ratio)
     areas = area[0] + draws[..., 0] * (area[1] - area[0])
     return areas, np.exp(low + draws[..., 1] * (high - low))  # log-uniform: wide and tall are equally likely

@@ -56,14 +56,7 @@ def resampling_matrix(start: float, stop: float, length: int, count: int) -> tup
 
 
 class ViewRenderer:
-    """Renderer of the views of one image.
-
-    Args:
-        image: (3, H, W) float in [0, 1], on the device for the views.
-        plan: the views.
-        mean: per-channel mean to subtract.
-        std: per-channel standard deviation to divide by.
-    """
+    """Renderer of the views of one image (3, H, W) in [0, 1], on the image's device; normalised with mean and std."""
 
     def __init__(self, image: Tensor, plan: ViewPlan, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.plan = plan

@@ -59,14 +59,7 @@ def second_phase_loss(
 
 
 class NeuralModel(nn.Module):
-    """F, G and h of one image.
-
-    Args:
-        positions: number of positions of the patch grid, h w.
-        channels: C.
-        options: widths and sizes.
-        artifact: G (h w, C), if known; it is then not fitted.
-    """
+    """F, G and h of one image on a grid of h w positions; G (h w, C) is not fitted if it is given."""
 
     artifact: Tensor
 
