@@ -42,29 +42,6 @@ def write_decomposition(result: Decomposition, path: Path, extra: dict[str, Tens
     write_tensors(content, path, {KEY: json.dumps(head)})
 
 
-def read_decomposition(path: Path) -> dict[str, Any]:
-    """Read the file as the arguments of :class:`Decomposition`; tensors become float32.
-
-    Raises:
-        FormatError: if the file is missing, damaged, of another type, or from a newer version.
-    """
-    head = read_head(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key).float() for key in ("field", "artifact", "raw")}
-            if "residual" in file.keys():  # noqa: SIM118, not a mapping
-                tensors["predicted_residual"] = file.get_tensor("residual").float()
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path}: damaged decomposition ({error})") from error
-    _require_shapes(path, tensors, head)
-    return tensors | {
-        "size": tuple(head["size"]),
-        "patch_size": head["patch_size"],
-        "stride": head["stride"],
-        "info": head["info"],
-    }
-
-
 def read_head(path: Path) -> dict[str, Any]:
     """Read only the JSON metadata.
 
@@ -199,7 +176,18 @@ class Decomposition:
         Raises:
             FormatError: if the file is missing, damaged, of another type, or from a newer version.
         """
-        return cls(**read_decomposition(Path(path)))
+        path = Path(path)
+        head = read_head(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key).float() for key in ("field", "artifact", "raw")}
+                if "residual" in file.keys():  # noqa: SIM118, not a mapping
+                    tensors["predicted_residual"] = file.get_tensor("residual").float()
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{path}: damaged decomposition ({error})") from error
+        _require_shapes(path, tensors, head)
+        arguments: dict[str, Any] = tensors | {key: head[key] for key in _REQUIRED} | {"size": tuple(head["size"])}
+        return cls(**arguments)
 
     def _sides(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         return (self.size[0], self.patch_size, self.stride), (self.size[1], self.patch_size, self.stride)
