@@ -32,13 +32,12 @@ from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.data import spread
 from denoising_vit.data.photos import read_photo
-from denoising_vit.decomposition.calibration.calibrate import run_calibration
-from denoising_vit.decomposition.heldout import HeldOut
+from denoising_vit.decomposition.calibration import run_calibration
 from denoising_vit.decomposition.inputs import extract_views, load_image, prepare, solver_for
 from denoising_vit.decomposition.methods import gather
 from denoising_vit.decomposition.neural_field.fit import SeenViews
 from denoising_vit.decomposition.options import CalibrationOptions, DenoiseOptions
-from denoising_vit.decomposition.statistics import Statistics
+from denoising_vit.decomposition.statistics import HeldOut, Statistics
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt

@@ -29,12 +29,11 @@ from torch import Tensor
 
 import denoising_vit as dv
 from denoising_vit.decomposition.exact import ExactSolver
-from denoising_vit.decomposition.heldout import HeldOut
 from denoising_vit.decomposition.inputs import extract_views, load_image
 from denoising_vit.decomposition.neural_field.fit import SeenViews, fit_neural_field
-from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
+from denoising_vit.decomposition.options import NeuralFieldOptions
 from denoising_vit.decomposition.result import Decomposition
-from denoising_vit.decomposition.statistics import Statistics
+from denoising_vit.decomposition.statistics import HeldOut, Statistics
 from denoising_vit.files import atomic_path
 from denoising_vit.views.options import CropOptions
 from denoising_vit.views.plan import ViewPlan

@@ -31,7 +31,7 @@ from published_recipe import hours, neural_field, stage_two
 
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone, BackboneSpec
-from denoising_vit.backbones.batching import compiled
+from denoising_vit.backbones.passes import compiled
 from denoising_vit.data import Dataset, Skipped, open_dataset
 from denoising_vit.decomposition.inputs import fitting_batch
 from denoising_vit.decomposition.options import DenoiseOptions

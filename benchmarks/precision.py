@@ -27,7 +27,7 @@ from denoising_vit.data.photos import read_photo
 from denoising_vit.views.plan import ViewPlan
 from denoising_vit.views.rendering import ViewRenderer, to_image
 
-_BASE, _ATTENTION = "denoising_vit.backbones.base", "denoising_vit.backbones.attention"
+_BASE, _ATTENTION = "denoising_vit.backbones.base", "denoising_vit.backbones.passes"
 
 
 def main(

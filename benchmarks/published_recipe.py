@@ -14,8 +14,7 @@ import denoising_vit as dv
 from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition.inputs import prepare
 from denoising_vit.decomposition.neural_field.fit import SeenViews, fit_neural_field
-from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
-from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.options import DenoiseOptions, NeuralFieldOptions
 
 #: The published run: photos, steps of stage 2, pairs per step; and the hours that both stages may take.
 PHOTOS, STEPS, PAIRS, HOURS = 10_000, 50_000, 16, 1.0

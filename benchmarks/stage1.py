@@ -34,13 +34,11 @@ from published_recipe import timed_field
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition.exact import ExactSolver
-from denoising_vit.decomposition.heldout import HeldOut
 from denoising_vit.decomposition.inputs import extract_views, load_image, prepare
 from denoising_vit.decomposition.methods import gather
 from denoising_vit.decomposition.neural_field.fit import SeenViews, fit_neural_field
-from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
-from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.decomposition.statistics import Statistics
+from denoising_vit.decomposition.options import DenoiseOptions, NeuralFieldOptions
+from denoising_vit.decomposition.statistics import HeldOut, Statistics
 from denoising_vit.views.options import Coverage
 
 Record = dict[str, Any]

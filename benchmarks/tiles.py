@@ -28,9 +28,8 @@ from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.extractors import Cleaners
 from denoising_vit.maps import PCABasis
 from denoising_vit.maps.sheet import Sheet
-from denoising_vit.metrics.seams import seam_ratio
-from denoising_vit.tiling.features import blend, layouts
-from denoising_vit.tiling.options import TileOptions
+from denoising_vit.tiling.features import blend, layouts, seam_ratio
+from denoising_vit.tiling.layout import TileOptions
 
 #: Fractions of a mosaic's height and width that its photos take: uneven, since tile borders are evenly spaced.
 _SHARES = (0.42, 0.58), (0.29, 0.36, 0.35)

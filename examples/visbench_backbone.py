@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from denoising_vit.artifact import artifact_digest
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.fingerprint import state_digest
+from denoising_vit.backbones.recorded import state_digest
 from denoising_vit.views.plan import ViewPlan
 from denoising_vit.views.rendering import ViewRenderer, to_image
 

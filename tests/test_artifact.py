@@ -17,8 +17,8 @@ from torch import Tensor
 import tiny_artifact as tiny
 import tiny_fit
 from denoising_vit import Artifact, ArtifactError, Backbone, FormatError, PlanError, load_artifact
+from denoising_vit import artifact as known
 from denoising_vit.artifact import FORMAT, FORMAT_VERSION, known_artifact, resampling_note, shipped_for
-from denoising_vit.artifact import artifact as known
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,8 +14,8 @@ from skimage import data
 from torch import Tensor
 
 from denoising_vit import load_backbone
-from denoising_vit.backbones.attention import BlockedAttention, blocked_attention
 from denoising_vit.backbones.bundled import BUNDLED_MODEL, bundled_available
+from denoising_vit.backbones.passes import BlockedAttention, blocked_attention
 
 attend = F.scaled_dot_product_attention
 TOKENS = 257  # one class token and 16 x 16 patches: just above the minimum number of tokens

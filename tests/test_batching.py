@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import denoising_vit as dv
 from denoising_vit import BackboneError, DenoiseOptions
-from denoising_vit.backbones.batching import Passes, compiled
+from denoising_vit.backbones.passes import Passes, compiled
 from denoising_vit.decomposition.stage_one import Ready, StageOne
 from planted import backbone as planted
 from planted import photos

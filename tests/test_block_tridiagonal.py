@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from denoising_vit.decomposition.block_tridiagonal import BlockTridiagonal
+from denoising_vit.decomposition.exact import BlockTridiagonal
 
 
 def random_system(blocks: int, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,8 +17,15 @@ from torch import Tensor
 import denoising_vit as dv
 import tiny_artifact as tiny
 from denoising_vit import Artifact, ArtifactError, Backbone, CalibrationOptions, PlanError, SizeError
-from denoising_vit.decomposition.calibration.calibrate import Calibration, doubt_about, named_pixels, run_calibration
-from denoising_vit.decomposition.calibration.stability import Stability, curve, split_half
+from denoising_vit.decomposition.calibration import (
+    Calibration,
+    Stability,
+    curve,
+    doubt_about,
+    run_calibration,
+    split_half,
+)
+from denoising_vit.decomposition.inputs import named_pixels
 from denoising_vit.decomposition.stage_one import Ready, StageOne
 from denoising_vit.errors import DenoisingVitWarning
 

@@ -18,7 +18,7 @@ import tiny_artifact as tiny
 import tiny_fit
 from command import Dvit, in_process
 from denoising_vit import Artifact, Decomposition
-from denoising_vit.artifact import artifact as known
+from denoising_vit import artifact as known
 from denoising_vit.artifact import artifact_digest
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli import denoise_job as verb

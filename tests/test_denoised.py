@@ -16,7 +16,7 @@ import denoising_vit as dv
 import tiny_artifact as tiny
 from denoising_vit import Artifact, ArtifactError, Backbone, DenoisedViT, Denoiser, DenoiserError, SizeError
 from denoising_vit.backbones.recorded import describe
-from denoising_vit.views.positions import sinusoidal_positions
+from denoising_vit.views.sampling import sinusoidal_positions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from denoising_vit import Denoiser, load_denoiser
-from denoising_vit.backbones.attention import BlockedAttention
+from denoising_vit.backbones.passes import BlockedAttention
 from denoising_vit.denoiser import module as denoiser_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,7 +13,7 @@ import torch
 
 import denoising_vit as dv
 import planted
-from denoising_vit.decomposition.calibration.stability import Stability
+from denoising_vit.decomposition.calibration import Stability
 from denoising_vit.diagnosis import verdict
 from denoising_vit.diagnosis.diagnose import Diagnosis
 from denoising_vit.diagnosis.verdict import Content, Finding, conclude, findings, judge, too_few

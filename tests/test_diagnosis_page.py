@@ -17,8 +17,7 @@ from PIL import Image
 
 from denoising_vit.artifact import Artifact
 from denoising_vit.data import Skipped
-from denoising_vit.decomposition.calibration.calibrate import Calibration
-from denoising_vit.decomposition.calibration.stability import Stability
+from denoising_vit.decomposition.calibration import Calibration, Stability
 from denoising_vit.diagnosis import verdict
 from denoising_vit.diagnosis.diagnose import Diagnosis
 from denoising_vit.diagnosis.evidence import Evidence, Shown

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from denoising_vit import Backbone, load_backbone
 from denoising_vit.backbones.bundled import BUNDLED_MODEL, bundled_available
-from denoising_vit.backbones.fingerprint import SAME, Fingerprint, synthetic_image
+from denoising_vit.backbones.recorded import SAME, Fingerprint, synthetic_image
 
 needs_bundled = pytest.mark.skipif(not bundled_available(BUNDLED_MODEL), reason="needs the extra 'offline'")
 

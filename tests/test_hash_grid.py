@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from denoising_vit.decomposition.neural_field.hash_grid import HashGrid, level_sides, released_scales
+from denoising_vit.decomposition.neural_field.model import HashGrid, level_sides, released_scales
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

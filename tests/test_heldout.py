@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from denoising_vit.decomposition.heldout import HeldOut
+from denoising_vit.decomposition.statistics import HeldOut
 from denoising_vit.views.plan import ViewPlan
 
 PLAN = ViewPlan.make(3, size=(28, 42), patch_size=14, resolution=(5, 6), full_image=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.metrics.mic import mic, position_mic
+from denoising_vit.metrics.position import mic, position_mic
 
 
 def information(first: np.ndarray, second: np.ndarray) -> float:

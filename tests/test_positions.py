@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from denoising_vit.views.positions import sinusoidal_positions
+from denoising_vit.views.sampling import sinusoidal_positions
 
 
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (1, 0), (0, 2), (1, 2)])

@@ -19,7 +19,7 @@ from denoising_vit.maps.sheet import CELL, GAP, LEFT, RIGHT, Sheet
 from denoising_vit.show.options import ShowOptions
 from denoising_vit.show.sheets import PhotoExtractor, ShownPhoto, draw_sheet, palette_of, pictures
 from denoising_vit.tiling.denoising import TiledDenoising
-from denoising_vit.tiling.options import TileOptions
+from denoising_vit.tiling.layout import TileOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import denoising_vit as dv
 import tiny_artifact as tiny
 from denoising_vit import Artifact, ArtifactError, Backbone, BackboneError, Decomposition, PlanError, SizeError
-from denoising_vit.artifact import artifact as known
+from denoising_vit import artifact as known
 from denoising_vit.artifact import artifact_digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,11 +21,9 @@ from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.denoise import Denoising
 from denoising_vit.errors import EvaluationError, PhotoError, PlanError, SizeError
 from denoising_vit.extractors import KINDS, Cleaners
-from denoising_vit.metrics.seams import seam_ratio
-from denoising_vit.tiling.alignment import Alignment
 from denoising_vit.tiling.denoising import TiledDenoising
-from denoising_vit.tiling.layout import TileLayout
-from denoising_vit.tiling.options import TileOptions
+from denoising_vit.tiling.features import Alignment, seam_ratio
+from denoising_vit.tiling.layout import TileLayout, TileOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

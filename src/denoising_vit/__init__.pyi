@@ -2,9 +2,8 @@
 from .artifact import Artifact, load_artifact
 from .backbones import SEEDS, Backbone, load_backbone
 from .cleaning.clean import clean, restore
-from .decomposition.calibration.calibrate import calibrate
-from .decomposition.neural_field.options import NeuralFieldOptions
-from .decomposition.options import CalibrationOptions, DenoiseOptions
+from .decomposition.calibration import calibrate
+from .decomposition.options import CalibrationOptions, DenoiseOptions, NeuralFieldOptions
 from .decomposition.result import Decomposition
 from .denoise import denoise_image
 from .denoiser import Denoiser, load_denoiser

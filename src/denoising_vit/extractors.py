@@ -133,8 +133,7 @@ def _raw(backbone: Backbone, _cleaners: Cleaners) -> tuple[Extractor, dict[str, 
 
 
 def _subtract(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[str, str]]:
-    from denoising_vit.artifact import SHIPPED, Artifact, artifact_digest, load_artifact
-    from denoising_vit.artifact.artifact import NONE
+    from denoising_vit.artifact import NONE, SHIPPED, Artifact, artifact_digest, load_artifact
     from denoising_vit.denoiser.denoised_vit import DenoisedViT
 
     artifact = SHIPPED if cleaners.artifact is None else cleaners.artifact

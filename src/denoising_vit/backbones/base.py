@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from denoising_vit.backbones.attention import BlockedAttention
-from denoising_vit.backbones.fingerprint import Fingerprint, state_digest
+from denoising_vit.backbones.passes import BlockedAttention
+from denoising_vit.backbones.recorded import Fingerprint, state_digest
 from denoising_vit.errors import BackboneError
 from denoising_vit.views.patch_grid import check_side, nearest_sizes, patch_count
+from denoising_vit.views.rendering import per_channel
 
 
 class Intermediates(NamedTuple):
@@ -35,12 +36,7 @@ class Intermediates(NamedTuple):
 
 
 def block_numbers(layers: Sequence[int], depth: int | None, name: str) -> tuple[int, ...]:
-    """Block indices counted from 0, in the given order.
-
-    Args:
-        layers: block indices, negative from the end.
-        depth: number of blocks; None if unknown.
-        name: name of the model, for messages.
+    """Block indices counted from 0, in the given order, from indices that may be negative from the end.
 
     Raises:
         BackboneError: if the number of blocks is unknown, or an index is out of range.
@@ -78,7 +74,8 @@ _MARGIN = 10.0
 class Backbone(nn.Module, ABC):
     """A frozen ViT as an extractor: ``backbone(image)`` maps (B, 3, H, W) to features (B, h, w, C).
 
-    Created by :func:`~denoising_vit.load_backbone`.
+    Created by :func:`~denoising_vit.load_backbone`, which raises BackboneError for a patch size, stride or layer out of
+    range.
 
     Attributes:
         name: name of the model.
@@ -114,13 +111,15 @@ class Backbone(nn.Module, ABC):
             raise BackboneError(f"patch_size must be at least 1 pixel, got {patch_size}")
         if not 1 <= stride <= patch_size:
             raise BackboneError(f"stride must be 1 to the patch size ({patch_size}), got {stride}")
+        if layer is not None and depth is not None and not -depth <= layer < depth:
+            raise BackboneError(f"{name} has {depth} blocks: layer must be {-depth} to {depth - 1}, got {layer}")
         self.name = name
         self.patch_size = patch_size
         self.stride = stride
         self.embed_dim = embed_dim
         self.mean = mean
         self.std = std
-        self.layer = layer
+        self.layer = layer if layer is None or depth is None else layer % depth
         self.norm = norm
         self.weights = weights
         self.depth = depth
@@ -190,6 +189,11 @@ class Backbone(nn.Module, ABC):
             layers=tuple(self._on_grid(tokens, image) for tokens, _ in others),
             layer_prefixes=tuple(prefix.float() for _, prefix in others),
         )
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """Images (..., 3, H, W) in [0, 1], normalised."""
+        mean, std = (per_channel(values, image.device) for values in (self.mean, self.std))
+        return (image - mean) / std
 
     def _check(self, image: Tensor) -> None:
         if image.ndim != 4 or image.shape[1] != 3:

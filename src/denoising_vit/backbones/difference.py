@@ -40,12 +40,8 @@ def write_difference(
 ) -> None:
     """Write ``state`` as a difference from ``base``: for each tensor two factors, or all values if they are fewer.
 
-    Args:
-        path: a .safetensors file.
-        base: weights by name, float32.
-        state: weights with the same names and shapes.
-        rank: rank of the difference of each matrix.
-        record: record of the weights, with that of the base under ``backbone``; JSON values.
+    ``base`` (float32) and ``state`` have the same names and shapes. ``record``, in JSON values, is that of the weights,
+    with that of the base under ``backbone``.
     """
     tensors = {}
     for name, value in base.items():

@@ -60,13 +60,7 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Shown:
-    """Images that a model expects.
-
-    Attributes:
-        mean: per-channel mean of the normalisation.
-        std: per-channel standard deviation of the normalisation.
-        size: default side of the square images in pixels.
-    """
+    """Images that a model expects: mean and deviation of their normalisation, and side in pixels of square ones."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -76,15 +70,6 @@ class Shown:
 class HuggingFaceBackbone(Backbone):
     """A ViT of transformers. Its position embedding is resampled as in transformers, not as in timm.
 
-    Args:
-        model: a model of one of the families.
-        family: its family.
-        shown: images that it expects.
-        name: name for messages and records.
-        layer: output block, negative from the end.
-        norm: apply the model's final norm.
-        weights: origin of the weights, for records and messages.
-
     Raises:
         BackboneError: if the layer does not exist, or patches are not square.
     """
@@ -93,9 +78,6 @@ class HuggingFaceBackbone(Backbone):
         self, model: nn.Module, family: Family, shown: Shown, *, name: str, layer: int, norm: bool, weights: str
     ) -> None:
         config: Any = model.config
-        depth = int(config.num_hidden_layers)
-        if not -depth <= layer < depth:
-            raise BackboneError(f"{name} has {depth} blocks: layer must be {-depth} to {depth - 1}, got {layer}")
         patch_size = square_side(config.patch_size, f"{name}: patch_size")
         super().__init__(
             name=name,
@@ -105,10 +87,10 @@ class HuggingFaceBackbone(Backbone):
             mean=shown.mean,
             std=shown.std,
             default_size=shown.size,
-            layer=layer % depth,
+            layer=layer,
             norm=norm,
             weights=weights,
-            depth=depth,
+            depth=int(config.num_hidden_layers),
         )
         self.model = model
         self.family = family

@@ -14,13 +14,13 @@ from torch import nn
 
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.backbones.huggingface import FAMILIES, Family, HuggingFaceBackbone, Shown, square_side
-from denoising_vit.backbones.runtime import seeded
+from denoising_vit.backbones.runtime import first_line, offline_if_unreachable, seeded
+from denoising_vit.backbones.weights import require_finite
 from denoising_vit.errors import BackboneError, DenoisingVitWarning, WeightsError
 from denoising_vit.files import extra_hint, parse_json
 
 #: Prefix of a hub id or directory.
 PREFIX = "hf:"
-
 
 _PROCESSOR = "preprocessor_config.json"
 
@@ -53,21 +53,13 @@ def load_huggingface(
 ) -> HuggingFaceBackbone:
     """Load a ViT of transformers; code from a model repository is never executed.
 
-    Args:
-        model: a directory or hub id, with or without the prefix ``hf:``.
-        weights: ``auto`` or ``hub`` for the model's own, or ``random``.
-        layer: output block, negative from the end.
-        norm: apply the final norm.
-        mean: mean of the normalisation, instead of the image processor's.
-        std: standard deviation of the normalisation, instead of the image processor's.
-        default_size: side of the images, instead of the configuration's.
+    ``model`` is a directory or hub id, with or without the prefix ``hf:``; ``weights`` are ``auto`` or ``hub`` for the
+    model's own, or ``random``. The other arguments are those of :func:`~denoising_vit.load_backbone`.
 
     Raises:
         BackboneError: if it cannot be built: missing directory, unsupported model type, or no patch size.
         WeightsError: if the weights are missing, not finite, or do not fit the configuration.
     """
-    from denoising_vit.backbones.runtime import offline_if_unreachable
-
     transformers = _transformers()
     source = model.removeprefix(PREFIX)
     folder = Path(source).expanduser()
@@ -88,7 +80,11 @@ def load_huggingface(
             setattr(config, key, value)
         shown = _shown(transformers, where, name, config, mean, std, default_size)
         cls = getattr(transformers, family.model)
-        built = _random(cls, config, family) if weights == "random" else _pretrained(cls, where, name, config, family)
+        if weights == "random":
+            with seeded(0):  # loading must not change the caller's random state
+                built = cls(config, **dict(family.build))
+        else:
+            built = _pretrained(cls, where, name, config, family)
     source = "random" if weights == "random" else where if local else "hub"
     return HuggingFaceBackbone(
         built.eval().requires_grad_(False), family, shown, name=name, layer=layer, norm=norm, weights=source
@@ -112,14 +108,8 @@ def wrap_huggingface(
 ) -> HuggingFaceBackbone:
     """Wrap a loaded model of transformers as a backbone; for a model with heads or a text tower, use its ViT.
 
-    Args:
-        model: the model.
-        layer: output block, negative from the end.
-        norm: apply the final norm.
-        mean: mean of the normalisation; defaults to ImageNet's, because the model does not include it.
-        std: standard deviation of the normalisation; defaults to ImageNet's.
-        default_size: side of the images, instead of the configuration's.
-        frozen: freeze the model and put it in evaluation mode.
+    Unless given, the normalisation is ImageNet's, because the model does not include it, and the side of the images the
+    configuration's. ``frozen`` freezes the model and puts it in evaluation mode.
 
     Raises:
         BackboneError: if the model is of an unknown family.
@@ -189,7 +179,7 @@ def _processor(transformers: Any, where: str, name: str) -> dict[str, Any]:
         found = transformers.AutoImageProcessor.from_pretrained(where, trust_remote_code=False).to_dict()
     except Exception as error:  # transformers raises many types: missing file, invalid file, unknown class
         raise BackboneError(
-            f"{name}: expected an image processor with the normalisation ({_PROCESSOR}: {_first_line(error)}). Add the "
+            f"{name}: expected an image processor with the normalisation ({_PROCESSOR}: {first_line(error)}). Add the "
             "file, or give mean and std: load_backbone(..., mean=(..), std=(..))"
         ) from error
     return found if found.get("do_normalize", True) else found | {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
@@ -203,15 +193,8 @@ def _channels(processor: dict[str, Any], key: str, name: str) -> Triple:
     return float(values[0]), float(values[1]), float(values[2])
 
 
-def _random(cls: Any, config: Any, family: Family) -> nn.Module:
-    with seeded(0):  # loading must not change the caller's random state
-        return cls(config, **dict(family.build))
-
-
 def _pretrained(cls: Any, where: str, name: str, config: Any, family: Family) -> nn.Module:
     """The model with its weights; raises if any are missing, misshapen, or belong to blocks that it does not have."""
-    from denoising_vit.backbones.weights import require_finite
-
     try:
         with seeded(0):
             model, info = cls.from_pretrained(
@@ -220,9 +203,7 @@ def _pretrained(cls: Any, where: str, name: str, config: Any, family: Family) ->
     except Exception as error:  # transformers raises many types: missing file, damaged file, wrong shapes
         misfit = isinstance(error, RuntimeError) and "size" in str(error)
         what = (
-            "do not fit its config.json: wrong tensor shapes"
-            if misfit
-            else f"could not be loaded: {_first_line(error)}"
+            "do not fit its config.json: wrong tensor shapes" if misfit else f"could not be loaded: {first_line(error)}"
         )
         raise WeightsError(f"the weights of {name} {what} ({type(error).__name__})") from error
     missing = sorted(info["missing_keys"])
@@ -243,13 +224,8 @@ def _fetched(name: str, fetch: Any, *arguments: Any, **more: Any) -> Any:
     except Exception as error:  # transformers and the hub's client raise many types
         raise BackboneError(
             f"the config.json of {name} could not be read or downloaded ({type(error).__name__}: "
-            f"{_first_line(error)}). Check the network, or give a local directory: hf:PATH"
+            f"{first_line(error)}). Check the network, or give a local directory: hf:PATH"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no reason given"
 
 
 @contextlib.contextmanager

@@ -30,7 +30,8 @@ from denoising_vit.backbones.huggingface_loading import (
 )
 from denoising_vit.backbones.module import Layout, ModuleBackbone
 from denoising_vit.backbones.recorded import is_recorded, mismatch
-from denoising_vit.backbones.runtime import device_at, dtype_on, offline_if_unreachable
+from denoising_vit.backbones.runtime import device_at, dtype_on, first_line, offline_if_unreachable
+from denoising_vit.backbones.weights import load_weights, read_state_dict, require_finite
 from denoising_vit.errors import BackboneError, FormatError, WeightsError
 
 if TYPE_CHECKING:
@@ -166,7 +167,6 @@ def with_weights(backbone: Backbone, path: Path) -> Backbone:
         FormatError: if the file is a difference that is damaged, or from other weights.
     """
     from denoising_vit.backbones.timm_vit import TimmBackbone
-    from denoising_vit.backbones.weights import load_weights, require_finite
 
     if not isinstance(backbone, TimmBackbone):
         raise BackboneError(f"{backbone.name} is a custom module; load its weights yourself, and wrap it again")
@@ -192,7 +192,6 @@ def _of_folder(model: str, weights: str | Path) -> tuple[str, str | Path]:
 
 def _with_weights(name: str, weights: str | Path) -> tuple[TimmViT, str]:
     from denoising_vit.backbones.timm_vit import build_timm_model
-    from denoising_vit.backbones.weights import load_weights, require_finite
 
     choice = str(weights)
     if choice == "auto":
@@ -225,8 +224,6 @@ def _with_weights(name: str, weights: str | Path) -> tuple[TimmViT, str]:
 
 def _read_weights(name: str, path: Path, own: TimmBackbone | None = None) -> dict[str, Tensor]:
     """Tensors of a weights file; for a difference, of the sum with the weights of ``own`` or those loaded by name."""
-    from denoising_vit.backbones.weights import read_state_dict
-
     recorded = base_of(path)
     if recorded is None:
         return read_state_dict(path)
@@ -266,12 +263,7 @@ def _origin(backbone: Backbone) -> str | None:
 def distilled_backbone(backbone: Backbone, given: str | Path | None = None) -> tuple[Backbone, Path]:
     """The backbone with distilled weights, and their file; the last one is kept for as long as the backbone exists.
 
-    Args:
-        backbone: the backbone with its original weights.
-        given: the file; None for the package's.
-
-    Raises:
-        As :func:`distilled_path` and :func:`with_weights`.
+    Arguments and errors are those of :func:`distilled_path`; errors also those of :func:`with_weights`.
     """
     path = distilled_path(backbone, given)
     made_from = path.resolve(), path.stat().st_mtime_ns, backbone.fingerprint.short, backbone.device, backbone.dtype
@@ -291,8 +283,10 @@ def can_add_difference(backbone: Backbone) -> bool:
 
 def find_distilled(backbone: Backbone) -> Path | None:
     """The package's file of distilled weights for this backbone's weights and layer; None if there is none."""
-    bases = {path: base_of(path) for path in _shipped(backbone.name)}
-    return next((path for path, base in bases.items() if base is not None and is_recorded(base, backbone)), None)
+    for path in _shipped(backbone.name):
+        if (base := base_of(path)) is not None and is_recorded(base, backbone):
+            return path
+    return None
 
 
 def distilled_path(backbone: Backbone, given: str | Path | None = None, *, how: str = "--distilled FILE") -> Path:
@@ -345,9 +339,8 @@ def _from_hub(name: str) -> TimmViT:
         raise
     except Exception as error:  # the hub's client raises many types
         package = "or install it" if is_bundled_name(name) else f"or use {BUNDLED_MODEL}, which comes"
-        reason = str(error).strip().splitlines()
         raise WeightsError(
             f"the weights of {name} could not be downloaded from the hub ({type(error).__name__}: "
-            f"{reason[0] if reason else 'no reason given'}). Check the network, give a local file (weights=FILE), "
-            f"{package} as a package: {INSTALL_HINT}"
+            f"{first_line(error)}). Check the network, give a local file (weights=FILE), {package} "
+            f"as a package: {INSTALL_HINT}"
         ) from error

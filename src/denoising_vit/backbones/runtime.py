@@ -40,7 +40,7 @@ def device_at(device: str | torch.device) -> torch.device:
         place = torch.device(device)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise BackboneError(f"device {device!r} is not available ({str(error).splitlines()[0]})") from error
+        raise BackboneError(f"device {device!r} is not available ({first_line(error)})") from error
     return place
 
 
@@ -88,6 +88,11 @@ def offline_if_unreachable() -> Iterator[None]:
             yield
         finally:
             constants.HF_HUB_OFFLINE = before
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's text, for a message of this package."""
+    return next(iter(str(error).strip().splitlines()), "no reason given")
 
 
 def _reachable(url: str) -> bool:

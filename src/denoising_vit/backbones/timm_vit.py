@@ -26,26 +26,15 @@ TimmViT = VisionTransformer | Eva | NaFlexVit
 
 
 class TimmBackbone(Backbone):
-    """A timm ViT.
-
-    Args:
-        model: a model that supports any image size, from :func:`build_timm_model` or :func:`any_size`.
-        name: timm name.
-        stride: distance between patches in pixels; defaults to the patch size.
-        layer: output block, negative from the end.
-        norm: apply the model's final norm.
-        weights: origin of the weights, for records and messages.
+    """A timm ViT that supports any image size, from :func:`build_timm_model` or :func:`any_size`.
 
     Raises:
-        BackboneError: if the layer does not exist or the stride is out of range.
+        BackboneError: if the layer does not exist, the stride is out of range, or patches are not square.
     """
 
     def __init__(self, model: TimmViT, *, name: str, stride: int | None, layer: int, norm: bool, weights: str) -> None:
         config = resolve_model_data_config(model)
         patch_size = _square_patch(model, name)
-        depth = len(model.blocks)
-        if not -depth <= layer < depth:
-            raise BackboneError(f"{name} has {depth} blocks: layer must be {-depth} to {depth - 1}, got {layer}")
         super().__init__(
             name=name,
             patch_size=patch_size,
@@ -54,10 +43,10 @@ class TimmBackbone(Backbone):
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
             default_size=518 // patch_size * patch_size,  # 518 for patch 14, 512 for 8 and 16
-            layer=layer % depth,
+            layer=layer,
             norm=norm,
             weights=weights,
-            depth=depth,
+            depth=len(model.blocks),
         )
         if self.stride != patch_size:
             if isinstance(model, NaFlexVit):
@@ -116,14 +105,13 @@ class OverlappingPatchEmbed(nn.Module):
         return self.norm(self.proj(image).permute(0, 2, 3, 1))
 
 
-def build_timm_model(name: str, *, pretrained: bool, depth: int | None = None, **changes: Any) -> TimmViT:
+def build_timm_model(name: str, *, pretrained: bool, **changes: Any) -> TimmViT:
     """Build a timm model that supports any image size, frozen and in evaluation mode.
 
     Args:
         name: timm name, with or without the tag of the weights.
         pretrained: download the weights from the hub.
-        depth: number of blocks, for tests with random weights; defaults to the model's own.
-        **changes: further arguments of the model, also for tests.
+        **changes: further arguments of the model, such as ``depth``, for tests with random weights.
 
     Raises:
         BackboneError: if timm does not know the name, or the model is not a plain ViT.
@@ -137,9 +125,7 @@ def build_timm_model(name: str, *, pretrained: bool, depth: int | None = None, *
             + ". `dvit models` lists the published ones; any other module can be given with its patch size"
         )
     flexible = model_entrypoint(architecture).__module__ == NaFlexVit.__module__  # supports any size
-    options: dict[str, Any] = (
-        changes | ({} if flexible else {"dynamic_img_size": True}) | ({} if depth is None else {"depth": depth})
-    )
+    options: dict[str, Any] = changes if flexible else changes | {"dynamic_img_size": True}
     try:
         with seeded(0):  # timm draws initial weights from the global generator
             model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)

@@ -82,11 +82,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def models_among(tensors: dict[str, Tensor], landmark: str) -> dict[str, dict[str, Tensor]]:
     """Models in a checkpoint by prefix, each with its tensors without the prefix.
 
-    A teacher comes first, then an average of weights (EMA), then others; a student comes last.
-
-    Args:
-        tensors: tensors by full name.
-        landmark: pattern of a name that each model has exactly once.
+    A teacher comes first, then an average of weights (EMA), then others; a student comes last. ``landmark`` is a
+    pattern of a name that each model has exactly once.
     """
     found = (re.fullmatch(rf"((?:.*\.)?){landmark}", name) for name in tensors)
     prefixes = sorted({match[1] for match in found if match}, key=len, reverse=True)
@@ -167,13 +164,8 @@ _UNUSED = ("head", "fc_norm", "mask_token", "decoder", "attn_pool", "contrastive
 def load_weights(model: TimmViT, tensors: dict[str, Tensor], *, name: str, source: str) -> None:
     """Load weights with timm's names, or those of the original release, into a timm model.
 
-    Names may have any prefix, and the file may have other models.
-
-    Args:
-        model: model to load into.
-        tensors: tensors of the file, by full name.
-        name: name of the model, for messages.
-        source: name of the file, for messages.
+    Names may have any prefix, and the file may have other models. ``name`` and ``source``, of the model and of the
+    file, are for messages.
 
     Raises:
         WeightsError: if there are none, or any is missing, unexpected, or misshapen.

@@ -24,7 +24,7 @@ from denoising_vit.files import Mark, owned_path, require_ours
 
 if TYPE_CHECKING:
     from denoising_vit.data import Skipped
-    from denoising_vit.decomposition.calibration.calibrate import Calibration
+    from denoising_vit.decomposition.calibration import Calibration
 
 
 def calibrate(
@@ -50,7 +50,7 @@ def calibrate(
     """
     from denoising_vit.cli.outputs import input_digest
     from denoising_vit.data import named_photos
-    from denoising_vit.decomposition.calibration.calibrate import run_calibration
+    from denoising_vit.decomposition.calibration import run_calibration
 
     if out.suffix != ".safetensors" or not out.parent.is_dir() or out.is_dir():
         raise OutputError(f"-o {out}: expected a .safetensors file in an existing folder")
@@ -71,7 +71,7 @@ def calibrate(
 
 
 def _tell(found: Calibration, skipped: list[Skipped], out: Path, *, as_json: bool) -> int:
-    from denoising_vit.decomposition.calibration.calibrate import doubt_about
+    from denoising_vit.decomposition.calibration import doubt_about
 
     for item in found.skipped:
         print_error(f"{item.item}: {item.reason}", "skipped")

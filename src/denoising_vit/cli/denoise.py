@@ -17,7 +17,7 @@ from denoising_vit.environment import run_info, software_words
 from denoising_vit.errors import OutputError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import Mark, digest_of, require_ours
-from denoising_vit.tiling.options import TileOptions
+from denoising_vit.tiling.layout import TileOptions
 
 if TYPE_CHECKING:
     from denoising_vit.backbones import Backbone

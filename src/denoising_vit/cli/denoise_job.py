@@ -22,7 +22,7 @@ from denoising_vit.denoise import Denoising
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.files import atomic_path, digest_of, readable
 from denoising_vit.tiling.denoising import TiledDenoising, denoise_picture, open_for
-from denoising_vit.tiling.options import TileOptions
+from denoising_vit.tiling.layout import TileOptions
 
 if TYPE_CHECKING:
     from denoising_vit.show.pages.photos import PhotosPage

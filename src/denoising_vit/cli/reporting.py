@@ -31,7 +31,7 @@ from denoising_vit.progress import duration
 if TYPE_CHECKING:  # these import torch, which would delay the help
     from denoising_vit.backbones import Backbone, BackboneSpec
     from denoising_vit.data import Dataset
-    from denoising_vit.decomposition.calibration.calibrate import OnPhoto
+    from denoising_vit.decomposition.calibration import OnPhoto
     from denoising_vit.decomposition.neural_field.fit import Evaluation
 
 Status = Literal["done", "kept", "failed"]

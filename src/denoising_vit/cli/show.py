@@ -17,7 +17,7 @@ from denoising_vit.errors import DenoisingVitError, OutputError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import Mark, digest_of, owned_path, plain_stem, readable, require_ours
 from denoising_vit.show.options import ShowOptions
-from denoising_vit.tiling.options import TileOptions
+from denoising_vit.tiling.layout import TileOptions
 
 if TYPE_CHECKING:
     from denoising_vit.maps import Palette

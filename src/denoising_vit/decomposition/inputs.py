@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,23 @@ from torch import Tensor
 
 from denoising_vit.artifact import SHIPPED, KnownArtifact, known_artifact
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.batching import Passes
+from denoising_vit.backbones.passes import Passes
+from denoising_vit.data import Skipped, find_photos
 from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.decomposition.exact import ExactSolver
 from denoising_vit.decomposition.options import STAGE_ONE, DenoiseOptions
 from denoising_vit.errors import PhotoError
 from denoising_vit.views.plan import ViewPlan
 from denoising_vit.views.rendering import ViewRenderer, per_channel, to_image
+
+#: Deviation (of 255) of pixels below which a photo has no content that moves from crop to crop.
+_CONTENT = 1.0
+
+#: Approximate number of pixel rows and columns to check for content.
+_LOOKED_AT = 512
+
+#: Added to the seed for the held-out views, so that they differ from the fitted ones.
+_HELD_OUT_SEED = 1_000_003
 
 Photo = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -56,6 +66,50 @@ def load_image(photo: Photo, backbone: Backbone, digest: str | None = None) -> t
     return image, {"name": name, "height": height, "width": width, "sha256": digest}
 
 
+def named_pixels(photos: Iterable[Any]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
+    """Photos in any form, as (name, pixels (H, W, 3) uint8 or the reason for skipping)."""
+    if isinstance(photos, Image.Image) or (isinstance(photos, np.ndarray) and photos.ndim == 3):
+        photos = [photos]  # a single photo
+    if isinstance(photos, str | Path):
+        photos, missing = find_photos([photos])
+        yield from ((item.item, item) for item in missing)
+    for number, photo in enumerate(photos):
+        name = f"photo {number}" if isinstance(photo, np.ndarray | Image.Image) else str(photo)
+        try:
+            yield name, read_photo(photo)
+        except PhotoError as error:
+            yield name, Skipped(name, str(error).removeprefix(f"{name}: "))
+        except TypeError:
+            kind = type(photo).__name__
+            yield (f"photo {number}", Skipped(f"photo {number}", f"expected a path, PIL image or array, got {kind}"))
+
+
+def with_content(photos: Iterable[tuple[str, np.ndarray | Skipped]]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
+    """Skip photos of a single colour, and duplicates.
+
+    Photos of a single colour look the same in every crop, so they cannot separate G and F; duplicates agree trivially.
+    """
+    seen: dict[str, str] = {}
+    for name, pixels in photos:
+        if isinstance(pixels, Skipped):
+            yield name, pixels
+            continue
+        digest = photo_digest(pixels)
+        if not _has_content(pixels):
+            yield name, Skipped(name, "no content: all pixels are the same")
+        elif digest in seen:
+            yield name, Skipped(name, f"a duplicate of {seen[digest]}")
+        else:
+            seen[digest] = name
+            yield name, pixels
+
+
+def _has_content(pixels: np.ndarray) -> bool:
+    """True if pixels differ; checked on a subset, because large photos would take gigabytes."""
+    rows, columns = (max(side // _LOOKED_AT, 1) for side in pixels.shape[:2])
+    return pixels.size > 0 and float(pixels[::rows, ::columns].std(axis=(0, 1)).max()) >= _CONTENT
+
+
 @torch.no_grad()  # not inference mode, so that a caller can train on the results
 def extract_views(backbone: Backbone, image: Tensor, plan: ViewPlan, batch_size: int | None = None) -> Iterator[Tensor]:
     """Features of the views of an image (3, H, W) in [0, 1], batch by batch, (B, h, w, C) float32 each."""
@@ -68,10 +122,6 @@ def extract_views(backbone: Backbone, image: Tensor, plan: ViewPlan, batch_size:
 def fitting_batch(device: torch.device, tokens: int) -> int:
     """Number of views per forward pass; on a CPU, just enough to use all cores, because more would exceed its cache."""
     return min(max((65536 if device.type == "cuda" else 4096) // tokens, 1), 32)
-
-
-#: Added to the seed for the held-out views, so that they differ from the fitted ones.
-_HELD_OUT_SEED = 1_000_003
 
 
 def given_artifact(artifact: KnownArtifact | None, backbone: Backbone, options: DenoiseOptions) -> Tensor | None:

@@ -23,15 +23,10 @@ UNJUDGED: dict[str, float | None] = {"heldout_r2": None, "heldout_cosine": None}
 
 @dataclass(frozen=True)
 class Job:
-    """One photo, its views, and the options.
+    """One photo (3, H, W) in [0, 1], its views, and the options.
 
-    Attributes:
-        backbone: the backbone.
-        image: (3, H, W) in [0, 1].
-        fitted: the fitted views; the first shows the whole photo.
-        held_out: the held-out views, if any.
-        options: options of stage 1.
-        on_done: called with the number of views or steps just completed.
+    The first of the fitted views shows the whole photo. ``on_done`` is called with the number of views or steps just
+    completed.
     """
 
     backbone: Backbone

@@ -42,29 +42,6 @@ def write_decomposition(result: Decomposition, path: Path, extra: dict[str, Tens
     write_tensors(content, path, {KEY: json.dumps(head)})
 
 
-def read_decomposition(path: Path) -> dict[str, Any]:
-    """Read the file as the arguments of :class:`Decomposition`; tensors become float32.
-
-    Raises:
-        FormatError: if the file is missing, damaged, of another type, or from a newer version.
-    """
-    head = read_head(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key).float() for key in ("field", "artifact", "raw")}
-            if "residual" in file.keys():  # noqa: SIM118, not a mapping
-                tensors["predicted_residual"] = file.get_tensor("residual").float()
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path}: damaged decomposition ({error})") from error
-    _require_shapes(path, tensors, head)
-    return tensors | {
-        "size": tuple(head["size"]),
-        "patch_size": head["patch_size"],
-        "stride": head["stride"],
-        "info": head["info"],
-    }
-
-
 def read_head(path: Path) -> dict[str, Any]:
     """Read only the JSON metadata.
 
@@ -119,7 +96,7 @@ class Decomposition:
     @cached_property
     def semantic(self) -> Tensor:
         """F at the patch centres, (h, w, C): the denoised features."""
-        return self._on_product_grid(*self._centres())
+        return sample_field(self.field, *self._centres())
 
     @property
     def residual(self) -> Tensor:
@@ -174,7 +151,7 @@ class Decomposition:
         """
         if factor < 1 or factor != int(factor):
             raise ValueError(f"factor must be a whole number of at least 1, got {factor}")
-        return self._on_product_grid(*(_refine(*args, factor) for args in self._sides()))
+        return sample_field(self.field, *(_refine(*args, factor) for args in self._sides()))
 
     def save(self, path: str | Path, *, upsample: int | None = None) -> None:
         """Write a safetensors file (float16) for :meth:`load`; ``sample`` and ``upsample`` work after loading.
@@ -199,7 +176,18 @@ class Decomposition:
         Raises:
             FormatError: if the file is missing, damaged, of another type, or from a newer version.
         """
-        return cls(**read_decomposition(Path(path)))
+        path = Path(path)
+        head = read_head(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key).float() for key in ("field", "artifact", "raw")}
+                if "residual" in file.keys():  # noqa: SIM118, not a mapping
+                    tensors["predicted_residual"] = file.get_tensor("residual").float()
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{path}: damaged decomposition ({error})") from error
+        _require_shapes(path, tensors, head)
+        arguments: dict[str, Any] = tensors | {key: head[key] for key in _REQUIRED} | {"size": tuple(head["size"])}
+        return cls(**arguments)
 
     def _sides(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         return (self.size[0], self.patch_size, self.stride), (self.size[1], self.patch_size, self.stride)
@@ -207,9 +195,6 @@ class Decomposition:
     def _centres(self) -> tuple[np.ndarray, np.ndarray]:
         rows, columns = (patch_centres(*args) for args in self._sides())
         return rows, columns
-
-    def _on_product_grid(self, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-        return sample_field(self.field, rows, columns)
 
 
 def _refine(side: int, patch: int, stride: int, factor: int) -> np.ndarray:

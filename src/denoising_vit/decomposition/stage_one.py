@@ -14,13 +14,12 @@ from torch import Tensor
 
 from denoising_vit.artifact import KnownArtifact
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.batching import Passes
+from denoising_vit.backbones.passes import Passes
 from denoising_vit.data import Skipped
 from denoising_vit.decomposition.exact import ExactSolver
-from denoising_vit.decomposition.heldout import HeldOut
 from denoising_vit.decomposition.inputs import fitting_batch, given_artifact, load_image, prepare, solver_for
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.decomposition.statistics import Statistics, require_finite
+from denoising_vit.decomposition.statistics import HeldOut, Statistics, require_finite
 from denoising_vit.errors import DenoisingVitError, PlanError
 from denoising_vit.progress import prefetched
 from denoising_vit.views.plan import ViewPlan
@@ -32,14 +31,7 @@ _AHEAD = 3
 
 @dataclass(frozen=True)
 class Failed:
-    """A photo that failed.
-
-    Attributes:
-        index: position in the data set.
-        name: id of the photo.
-        reason: reason of the failure, without the name.
-        final: True if another attempt would also fail.
-    """
+    """A photo that failed: its position in the data set, id, and reason; final if another attempt would also fail."""
 
     index: int
     name: str
@@ -49,13 +41,9 @@ class Failed:
 
 @dataclass(frozen=True)
 class Done:
-    """A solved photo.
+    """A solved photo: its position in the data set and id; F on its nodes (Ry, Rx, C), float32 on the CPU; its record.
 
-    Attributes:
-        index: position in the data set.
-        name: id of the photo.
-        field: F on its nodes (Ry, Rx, C), float32 on the CPU.
-        record: photo, held-out metrics and clipped tokens; JSON values.
+    The record has the photo, held-out metrics and the number of clipped tokens, as JSON values.
     """
 
     index: int
@@ -68,15 +56,8 @@ class Done:
 class Ready:
     """A photo with the statistics of its views; :meth:`finish` solves it.
 
-    Attributes:
-        index: position in the data set.
-        about: name, size and digest of the photo.
-        statistics: b, g and s of the fitted views.
-        solver: solver of the plan.
-        held_out: the held-out views, if any.
-        artifact: G (h, w, C), if known.
-        held_out_features: features of the held-out views.
-        raw: features of the whole photo (h, w, C), the first of its views.
+    ``about`` has name, size and digest of the photo; ``artifact`` is G (h, w, C), if known; ``raw`` are the features of
+    the whole photo (h, w, C), the first of its views.
     """
 
     index: int
@@ -179,12 +160,7 @@ class _Piece:
 
 
 class StageOne:
-    """The exact solver of one backbone and plan, for any number of photos.
-
-    Args:
-        backbone: the backbone.
-        options: options of stage 1; the method must be exact.
-        artifact: G, if known, as for `denoise_image`.
+    """The exact solver of one backbone and plan, for any number of photos; G may be known, as for `denoise_image`.
 
     Raises:
         PlanError: if the method is not exact, or there are too few views.

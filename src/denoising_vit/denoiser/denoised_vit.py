@@ -15,7 +15,7 @@ from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone, Intermediates
 from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.training_free.project import Subspace
-from denoising_vit.views.positions import sinusoidal_positions
+from denoising_vit.views.sampling import sinusoidal_positions
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.attention import BlockedAttention
+from denoising_vit.backbones.passes import BlockedAttention
 from denoising_vit.backbones.recorded import backbone_words, is_recorded, mismatch, require_record
 from denoising_vit.backbones.weights import models_among, read_state_dict, the_model, without_containers
 from denoising_vit.errors import DenoiserError, FormatError, WeightsError

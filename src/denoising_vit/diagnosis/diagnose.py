@@ -12,7 +12,8 @@ import numpy as np
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.data import Skipped
-from denoising_vit.decomposition.calibration.calibrate import OnPhoto, doubt_about, named_pixels
+from denoising_vit.decomposition.calibration import OnPhoto, doubt_about
+from denoising_vit.decomposition.inputs import named_pixels
 from denoising_vit.diagnosis.evidence import Evidence, EvidenceCollector
 from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.diagnosis.verdict import (

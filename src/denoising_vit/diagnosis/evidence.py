@@ -12,14 +12,8 @@ from torch import Tensor
 from denoising_vit.backbones import Backbone
 from denoising_vit.data import Skipped
 from denoising_vit.data.photos import shrunk
-from denoising_vit.decomposition.calibration.calibrate import (
-    Calibration,
-    OnPhoto,
-    energy_of,
-    joined,
-    require_enough,
-    telling,
-)
+from denoising_vit.decomposition.calibration import Calibration, OnPhoto, energy_of, joined, require_enough
+from denoising_vit.decomposition.inputs import with_content
 from denoising_vit.decomposition.stage_one import Failed, Ready, StageOne
 from denoising_vit.decomposition.statistics import require_finite
 from denoising_vit.diagnosis.options import DiagnoseOptions
@@ -139,7 +133,7 @@ class EvidenceCollector:
         self, photos: Iterable[tuple[str, np.ndarray | Skipped]]
     ) -> Iterator[tuple[int, str, np.ndarray | Skipped]]:
         """Number photos, and render crop and whole photo."""
-        for index, (name, pixels) in enumerate(telling(photos)):
+        for index, (name, pixels) in enumerate(with_content(photos)):
             if not isinstance(pixels, Skipped) and min(pixels.shape[:2]) >= self._backbone.patch_size:
                 # Only used photos are numbered, so that upright and upside-down crops stay balanced.
                 crop = Crop.neutral(self._accepted, self._whole.size, self._options.seed)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from denoising_vit.decomposition.calibration.stability import ENOUGH
+from denoising_vit.decomposition.calibration import ENOUGH
 from denoising_vit.diagnosis import verdict
 from denoising_vit.diagnosis.diagnose import Diagnosis
 from denoising_vit.diagnosis.evidence import Evidence

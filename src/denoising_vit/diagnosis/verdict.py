@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from denoising_vit.decomposition.calibration.stability import Stability
+from denoising_vit.decomposition.calibration import Stability
 from denoising_vit.decomposition.statistics import clip_norms
 from denoising_vit.metrics.artifacts import ArtifactMetrics
 from denoising_vit.metrics.tokens import detail, effective_rank

@@ -11,8 +11,7 @@ from safetensors import SafetensorError
 from denoising_vit.artifact import artifact_digest
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.difference import whole_record
-from denoising_vit.backbones.fingerprint import state_digest
-from denoising_vit.backbones.recorded import describe
+from denoising_vit.backbones.recorded import describe, state_digest
 from denoising_vit.denoiser import denoiser_digest
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import ExportError

@@ -21,7 +21,7 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.huggingface import HuggingFaceBackbone
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.views.patch_grid import patch_count
-from denoising_vit.views.positions import sinusoidal_positions
+from denoising_vit.views.sampling import sinusoidal_positions
 
 #: timm's layout of DINOv3's rotary embedding: rows before columns, each axis divided by its own length.
 PLAIN_ROPE = ("ij", "separate")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from denoising_vit.backbones.fingerprint import synthetic_image
+from denoising_vit.backbones.recorded import synthetic_image
 from denoising_vit.errors import ExportError
 from denoising_vit.export.extractor_file import load_extractor
 from denoising_vit.export.graphs import INPUT, first_line, refuse_pickles

@@ -12,7 +12,7 @@ import torch
 
 from denoising_vit.artifact import KnownArtifact
 from denoising_vit.backbones import Backbone, BackboneSpec
-from denoising_vit.backbones.batching import compiled
+from denoising_vit.backbones.passes import compiled
 from denoising_vit.data import Dataset
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.stage_one import StageOne

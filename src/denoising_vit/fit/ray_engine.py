@@ -74,7 +74,7 @@ class ShardFitter:
     def _load(self, job: RayJob) -> None:
         import torch
 
-        from denoising_vit.backbones.batching import compiled
+        from denoising_vit.backbones.passes import compiled
         from denoising_vit.data import open_dataset
         from denoising_vit.decomposition.stage_one import StageOne
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from denoising_vit.backbones.fingerprint import Fingerprint
+from denoising_vit.backbones.recorded import Fingerprint
 from denoising_vit.files import DISTILLED, Mark, digest_of, owned_path, read_record
 
 #: Name of the card.

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.metrics.checks import checked
-from denoising_vit.metrics.mic import position_mic
-from denoising_vit.metrics.position import linear_position_r2, neighbour_position_r2
+from denoising_vit.metrics.position import linear_position_r2, neighbour_position_r2, position_mic
 from denoising_vit.metrics.tokens import (
     consistency,
     detail,

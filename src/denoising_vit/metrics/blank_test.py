@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.views.rendering import per_channel, to_image
+from denoising_vit.views.rendering import resized, to_image
 
 #: Version of the images and metrics, recorded with results.
 BLANK_TEST = 1
@@ -89,18 +89,17 @@ class BlankProbe:
             size: (H, W) of the images.
             photos: (H, W, 3) uint8; the first BLANK_PHOTOS of them are blurred and shifted.
         """
-        mean, std = (per_channel(values) for values in (backbone.mean, backbone.std))
         steps = sorted({max(1, int(part * backbone.stride)) for part in _PARTS})
         larger = size[0] + steps[-1], size[1] + steps[-1]
         images = [to_image(photo)[None] for photo in photos[:BLANK_PHOTOS]]
-        whole = torch.cat([torch.zeros(0, 3, *larger), *(_resized(image, larger) for image in images)])
+        whole = torch.cat([torch.zeros(0, 3, *larger), *(resized(image, larger) for image in images)])
         few = [interpolate(image, (_BLUR, _BLUR), mode="area") for image in images]
-        blurred = torch.cat([torch.zeros(0, 3, *size), *(_resized(image, size) for image in few)])
+        blurred = torch.cat([torch.zeros(0, 3, *size), *(resized(image, size) for image in few)])
         cuts = [whole[..., start : start + size[0], start : start + size[1]] for start in (0, *steps)]
         return cls(
-            blank=(_blank_images(size) - mean) / std,
-            blurred=(blurred - mean) / std,
-            shifted=tuple((cut - mean) / std for cut in cuts),
+            blank=backbone.normalise(_blank_images(size)),
+            blurred=backbone.normalise(blurred),
+            shifted=tuple(map(backbone.normalise, cuts)),
             shifts=tuple(step / backbone.stride for step in steps),
         )
 
@@ -191,19 +190,11 @@ def _blank_images(size: tuple[int, int]) -> Tensor:
     return torch.cat([uniform_images(torch.tensor(_COLOURS), size), torch.stack(noise)])
 
 
-def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize images (B, 3, H, W) in [0, 1]."""
-    return interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-
-
 @torch.no_grad()
 def _through(extractor: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     if not len(images):
         return torch.zeros(0, 1, 1, 1)
     return torch.cat([extractor(part).float().cpu() for part in images.split(_BATCH)])
-
-
-# --- images and measures ---
 
 
 def uniform_images(colours: Tensor, size: tuple[int, int]) -> Tensor:

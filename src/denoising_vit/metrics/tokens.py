@@ -2,7 +2,7 @@
 
 No metric is meaningful on its own, because a useless map gets the best value of each:
 
-- position probes and MIC (``position.py``, ``mic.py``), leakage and shared energy: a nearly constant map, or noise;
+- position probes and MIC (``position.py``), leakage and shared energy: a nearly constant map, or noise;
 - neighbour similarity: a blurred or nearly constant map;
 - outlier share: a map scaled to unit norm;
 - effective rank and detail: white noise.
@@ -15,13 +15,14 @@ All features are (N, h, w, C), moved to the CPU in float32; sums are in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.decomposition.heldout import Agreement
+from denoising_vit.decomposition.statistics import Agreement
 from denoising_vit.errors import EvaluationError
 from denoising_vit.metrics.checks import checked, checked_finite, moments
 
@@ -117,13 +118,8 @@ def neighbour_similarity(features: Tensor) -> float:
     """
     features = _checked_pairs(features)
     mean, _ = moments(features)
-    total, pairs = 0.0, 0
-    for image in features:
-        unit = torch.nn.functional.normalize(image.double() - mean, dim=-1)
-        for first, second in _adjacent(unit):
-            total += float((first * second).sum())
-            pairs += first[..., 0].numel()
-    return total / pairs
+    units = (torch.nn.functional.normalize(image.double() - mean, dim=-1) for image in features)
+    return _mean_over_pairs(units, torch.mul)
 
 
 def detail(features: Tensor) -> float:
@@ -140,12 +136,8 @@ def detail(features: Tensor) -> float:
     """
     features = _checked_pairs(features)
     _, variance = moments(features)
-    total, pairs = 0.0, 0
-    for image in features:
-        for first, second in _adjacent(image.double()):
-            total += float((first - second).square().sum())
-            pairs += first[..., 0].numel()
-    return total / pairs / (2 * variance)
+    images = (image.double() for image in features)
+    return _mean_over_pairs(images, lambda first, second: (first - second).square()) / (2 * variance)
 
 
 def typical_energy(features: Tensor) -> float:
@@ -279,6 +271,11 @@ def _checked_pairs(features: Tensor) -> Tensor:
     return features
 
 
-def _adjacent(image: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Each patch of (h, w, C) and the next one, to the right and below: (h, w - 1, C) twice, (h - 1, w, C) twice."""
-    return [(image[:, :-1], image[:, 1:]), (image[:-1], image[1:])]
+def _mean_over_pairs(images: Iterable[Tensor], measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Mean over horizontally and vertically adjacent patches of images (h, w, C) of a measure, summed over channels."""
+    total, pairs = 0.0, 0
+    for image in images:
+        for first, second in ((image[:, :-1], image[:, 1:]), (image[:-1], image[1:])):
+            total += float(measure(first, second).sum())
+            pairs += first[..., 0].numel()
+    return total / pairs

@@ -19,7 +19,7 @@ import numpy as np
 from denoising_vit.artifact import NONE, Artifact
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.data import Dataset, Skipped, named_photos, spread
-from denoising_vit.decomposition.calibration.calibrate import STABLE, run_calibration
+from denoising_vit.decomposition.calibration import STABLE, run_calibration
 from denoising_vit.decomposition.options import CalibrationOptions, DenoiseOptions
 from denoising_vit.denoiser import Denoiser, find_denoiser
 from denoising_vit.denoiser.denoised_vit import DenoisedViT

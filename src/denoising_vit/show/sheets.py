@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from denoising_vit.artifact.artifact import NONE
+from denoising_vit.artifact import NONE
 from denoising_vit.backbones import Backbone
 from denoising_vit.data.pictures import Picture, drawable
 from denoising_vit.decomposition.options import DenoiseOptions
@@ -28,7 +28,7 @@ from denoising_vit.maps.sheet import Sheet
 from denoising_vit.progress import OnProgress
 from denoising_vit.show.options import ShowOptions
 from denoising_vit.tiling.denoising import TiledDenoising, denoise_picture, denoising_of, open_for
-from denoising_vit.tiling.options import TileOptions
+from denoising_vit.tiling.layout import TileOptions
 
 
 @dataclass(frozen=True, eq=False)

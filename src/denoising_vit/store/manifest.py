@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from denoising_vit.backbones.fingerprint import SAME, Fingerprint
-from denoising_vit.backbones.recorded import same_weights
+from denoising_vit.backbones.recorded import SAME, Fingerprint, same_weights
 from denoising_vit.errors import StoreError
 from denoising_vit.files import digest, parse_json
 from denoising_vit.store import layout

@@ -25,7 +25,7 @@ from denoising_vit.errors import PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.progress import OnProgress
 from denoising_vit.tiling.features import blend, layouts
-from denoising_vit.tiling.options import TileOptions
+from denoising_vit.tiling.layout import TileOptions
 from denoising_vit.views.plan import ViewPlan
 from denoising_vit.views.sampling import on_nodes
 

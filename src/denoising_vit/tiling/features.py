@@ -1,24 +1,27 @@
-"""Features of a large picture on one grid, blended from its tiles."""
+"""Features of a large picture on one grid, blended from its tiles, and measures against their borders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from scipy.sparse import coo_array, diags_array
+from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.data.pictures import Picture, open_picture
-from denoising_vit.errors import PlanError
+from denoising_vit.errors import EvaluationError, PlanError
 from denoising_vit.extractors import Extractor
 from denoising_vit.progress import OnProgress
-from denoising_vit.tiling.alignment import Alignment
-from denoising_vit.tiling.layout import TileLayout
-from denoising_vit.tiling.options import TileOptions
-from denoising_vit.views.rendering import per_channel, resampling_matrix, to_image
+from denoising_vit.tiling.layout import TileLayout, TileOptions
+from denoising_vit.views.rendering import resampling_matrix, to_image
+
+#: Weight of the penalty on offsets, relative to the mean number of patches that a tile shares.
+_RIDGE = 0.01
 
 
 @torch.no_grad()
@@ -96,20 +99,10 @@ def blend(
     align: bool = True,
     fixed: slice = slice(0),
 ) -> Tensor:
-    """Run every tile, and add its weighted features to the grid.
+    """Features (H', W', C), float32 on the CPU, of all tiles of a picture, each added with its weights.
 
-    Args:
-        picture: the picture.
-        rows: tiles along the height.
-        columns: tiles along the width.
-        backbone: backbone whose normalisation and stride the tiles use.
-        run: maps a normalised tile (1, 3, H, W) to (h, w, C).
-        progress: called after each tile.
-        align: shift tiles by constants, so that neighbours agree in their overlap.
-        fixed: channels not to shift.
-
-    Returns:
-        (H', W', C) float32 on the CPU.
+    ``run`` maps a tile (1, 3, H, W), normalised for the backbone, to (h, w, C). With ``align``, tiles are shifted by
+    constants, except in the ``fixed`` channels, so that neighbours agree in their overlap.
     """
     blended = torch.empty(0)
     total = len(rows.starts) * len(columns.starts)
@@ -137,8 +130,7 @@ def _tile(picture: Picture, rows: TileLayout, row: int, columns: TileLayout, col
     left, across = _resampling(columns, column, width)
     pixels = to_image(picture[top : top + down.shape[1], left : left + across.shape[1]], backbone.device)
     image = (down.to(pixels) @ (pixels @ across.to(pixels).T)).clamp_(0, 1)  # the cubic kernel overshoots
-    mean, std = (per_channel(values, backbone.device) for values in (backbone.mean, backbone.std))
-    return image.sub_(mean).div_(std)[None]
+    return backbone.normalise(image)[None]
 
 
 def _resampling(layout: TileLayout, index: int, length: int) -> tuple[int, Tensor]:
@@ -146,3 +138,102 @@ def _resampling(layout: TileLayout, index: int, length: int) -> tuple[int, Tenso
     scale = length / layout.side
     start = layout.starts[index] * layout.stride
     return resampling_matrix(start * scale, (start + layout.tile) * scale, length, layout.tile)
+
+
+class Alignment:
+    """Collects the means of tiles in their overlaps, and solves for one offset (C,) per tile.
+
+    Neighbours show the same content in their overlap, so the difference of their means there is caused by the rest of
+    each tile, and by the position in the tile. The second part is the same for all neighbours in a direction, and is
+    subtracted; otherwise it would add up to a ramp across the picture. Offsets minimise the remaining squared
+    differences, weighted by the number of shared patches, plus a small penalty.
+    """
+
+    def __init__(self, rows: TileLayout, columns: TileLayout) -> None:
+        self._layouts = rows, columns
+        self._means: dict[tuple[int, int, int, bool], Tensor] = {}  # by tile, axis, and if shared with the next tile
+
+    def add(self, row: int, column: int, features: Tensor) -> None:
+        """Add the features (h, w, C) of a tile."""
+        for axis, (layout, place) in enumerate(zip(self._layouts, (row, column), strict=True)):
+            for after in (False, True):
+                if shared := _shared(layout, place if after else place - 1):
+                    strip = features.narrow(axis, layout.shown - shared if after else 0, shared)
+                    self._means[row, column, axis, after] = strip.double().mean((0, 1))
+
+    def shift(self, blended: Tensor, fixed: slice) -> None:
+        """Add all tiles' offsets to their blended features (H', W', C), in place, except in ``fixed`` channels."""
+        rows, columns = self._layouts
+        offsets = self.offsets(blended.shape[2])
+        offsets[..., fixed] = 0
+        across = torch.from_numpy(columns.weights).T
+        for row, of_row in enumerate(offsets):
+            down = rows.patches(row)
+            blended[down] += torch.from_numpy(rows.weights[row, down])[:, None, None] * (across @ of_row)
+
+    def offsets(self, channels: int) -> Tensor:
+        """(tiles along the height, tiles along the width, C) float32; zero if tiles do not overlap."""
+        shape = len(self._layouts[0].starts), len(self._layouts[1].starts)
+        first, second, weights, wanted = [], [], [], []
+        for axis, layout in enumerate(self._layouts):
+            tiles = [at for at in np.ndindex(shape) if (*at, axis, True) in self._means]
+            if not tiles:
+                continue
+            nexts = [(row + (axis == 0), column + (axis == 1)) for row, column in tiles]
+            differences = torch.stack(
+                [
+                    self._means[*after, axis, False] - self._means[*at, axis, True]
+                    for at, after in zip(tiles, nexts, strict=True)
+                ]
+            )
+            across = self._layouts[1 - axis].shown
+            patches = np.array([_shared(layout, at[axis]) * across for at in tiles], np.float64)
+            mean = np.average(differences.numpy(), axis=0, weights=patches)
+            first += [np.ravel_multi_index(at, shape) for at in tiles]
+            second += [np.ravel_multi_index(at, shape) for at in nexts]
+            weights.append(patches)
+            wanted.append(differences.numpy() - mean)
+        if not wanted:
+            return torch.zeros(*shape, channels)
+        count, weight = shape[0] * shape[1], np.concatenate(weights)
+        pairs = np.arange(len(weight))
+        steps = coo_array((np.ones(len(weight)), (pairs, first)), (len(weight), count))
+        steps = (steps - coo_array((np.ones(len(weight)), (pairs, second)), (len(weight), count))).tocsr()
+        normal = steps.T @ diags_array(weight) @ steps
+        normal = normal + diags_array(np.full(count, _RIDGE * normal.diagonal().mean()))
+        found = splu(normal.tocsc()).solve(steps.T @ (weight[:, None] * np.concatenate(wanted)))
+        return torch.from_numpy(found - found.mean(0)).float().view(*shape, channels)
+
+
+def _shared(layout: TileLayout, index: int) -> int:
+    """Number of patches that a tile shares with the next tile; 0 if there is none."""
+    if not 0 <= index < len(layout.starts) - 1:
+        return 0
+    return max(layout.starts[index] + layout.shown - layout.starts[index + 1], 0)
+
+
+def seam_ratio(features: Tensor, rows: Sequence[int], columns: Sequence[int]) -> float:
+    """Mean norm of steps between neighbouring patches across tile borders, over that of all other steps.
+
+    Args:
+        features: (h, w, C).
+        rows: every row k with a tile border between rows k and k + 1.
+        columns: every column k with a tile border between columns k and k + 1.
+
+    Returns:
+        1 without seams, unless the content has edges exactly there; above 1 with seams.
+
+    Raises:
+        EvaluationError: if there is no border, or no step elsewhere.
+    """
+    across, within = [], []
+    for dim, borders in ((0, rows), (1, columns)):
+        steps = features.diff(dim=dim).norm(dim=-1).movedim(dim, 0)  # (h - 1, w) or (w - 1, h)
+        border = torch.zeros(len(steps), dtype=torch.bool)
+        border[list(borders)] = True
+        across.append(steps[border].flatten())
+        within.append(steps[~border].flatten())
+    there, elsewhere = torch.cat(across), torch.cat(within)
+    if not len(there) or not float(elsewhere.sum()):
+        raise EvaluationError("expected at least one tile border, and features that differ between patches elsewhere")
+    return float(there.mean() / elsewhere.mean())

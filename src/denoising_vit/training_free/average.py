@@ -85,11 +85,7 @@ def averaged(run: Callable[[Tensor], Tensor], image: Tensor, grid: tuple[int, in
 
 
 class AveragedViT(nn.Module):
-    """An extractor that averages passes over shifted and mirrored images: (B, 3, H, W) -> (B, h, w, C) float32.
-
-    Args:
-        backbone: the extractor.
-        passes: number of passes, 2 to 10.
+    """An extractor that averages 2 to 10 passes over shifted and mirrored images: (B, 3, H, W) -> (B, h, w, C) float32.
 
     Raises:
         PlanError: if the number of passes is out of range.

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import is_recorded, mismatch, require_record
@@ -20,7 +19,7 @@ from denoising_vit.data import find_photos
 from denoising_vit.data.photos import read_photo
 from denoising_vit.errors import ArtifactError, FormatError, PhotoError
 from denoising_vit.files import KEY, open_own, write_tensors
-from denoising_vit.views.rendering import to_image
+from denoising_vit.views.rendering import resized, to_image
 
 FORMAT_VERSION = 1
 
@@ -35,7 +34,7 @@ def photo_images(
             unchanged.
         backbone: backbone whose normalisation and device to use.
         size: (H, W) in pixels.
-        most: maximum number of photos; only the first ones are read.
+        most: maximum number of photos to read.
 
     Raises:
         PhotoError: if a photo cannot be read, or there are none.
@@ -46,12 +45,10 @@ def photo_images(
         photos, _ = find_photos([photos])
     if isinstance(photos, Image.Image | np.ndarray):
         photos = [photos]
-    mean, std = (torch.tensor(values, device=backbone.device).view(3, 1, 1) for values in (backbone.mean, backbone.std))
-    images = []
-    for photo in itertools.islice(photos, most):
-        image = to_image(read_photo(photo), backbone.device)[None]
-        image = interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
-        images.append((image - mean) / std)
+    images = [
+        backbone.normalise(resized(to_image(read_photo(photo), backbone.device)[None], size))
+        for photo in itertools.islice(photos, most)
+    ]
     if not images:
         raise PhotoError("no photos given; expected a few dozen unlabelled photos")
     return images

@@ -184,9 +184,7 @@ def principal_directions(features: Tensor, *, unit: bool = False) -> Tensor:
 
 def blank_directions(backbone: Backbone, size: tuple[int, int]) -> Tensor:
     """Principal directions (n, C) of the normalised, centred tokens of a black image (INSID3)."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (backbone.mean, backbone.std))
-    black = (-mean / std).expand(3, *size)[None]
-    return principal_directions(backbone(black)[0], unit=True)
+    return principal_directions(backbone(backbone.normalise(torch.zeros(1, 3, *size)))[0], unit=True)
 
 
 def place_directions(features: Tensor, most: int, *, ridge: float = 0.3) -> Tensor:

@@ -11,8 +11,8 @@ weights) instead of by activation alone, and their number is the smallest power 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -299,12 +299,19 @@ def _ranked_neurons(
     """Neurons of blocks 0 to ``top``, ranked by how much more they write at outliers than elsewhere."""
     prefix = model.num_prefix_tokens
     sums = [torch.zeros(2, _output_layer(model, block).weight.shape[1]) for block in range(top + 1)]
-    for image, mask in zip(images, outliers, strict=True):
-        with _watched(model, top) as seen:
+    seen: dict[int, Tensor] = {}  # activations of the neurons of each block, (1, tokens, hidden)
+
+    def collect(block: int) -> Callable[[nn.Module, Any], None]:
+        return lambda _module, inputs: seen.update({block: inputs[0]})
+
+    with ExitStack() as hooks:
+        for block in range(top + 1):
+            hooks.enter_context(_output_layer(model, block).register_forward_pre_hook(collect(block)))
+        for image, mask in zip(images, outliers, strict=True):
             _block_norms(model, image)
-        for block, hidden in seen.items():
-            patches = hidden[0, prefix:].float().cpu()  # (tokens, hidden)
-            sums[block] += torch.stack([patches[mask].sum(0), patches[~mask].sum(0)])
+            for block, hidden in seen.items():
+                patches = hidden[0, prefix:].float().cpu()  # (tokens, hidden)
+                sums[block] += torch.stack([patches[mask].sum(0), patches[~mask].sum(0)])
     counts = torch.tensor([max(int(outliers.sum()), 1), max(int((~outliers).sum()), 1)])
     scores = []
     for block, total in enumerate(sums):
@@ -313,22 +320,5 @@ def _ranked_neurons(
         written = (_output_layer(model, block).weight.float() * gamma.float().reshape(-1, 1)).norm(dim=0).cpu()
         scores.append((at - elsewhere).abs() * written)
     order = torch.cat(scores).argsort(descending=True)[:_MOST_NEURONS].tolist()
-    width = [0, *torch.tensor([len(score) for score in scores]).cumsum(0).tolist()]
-    blocks = [next(block for block in range(top + 1) if number < width[block + 1]) for number in order]
-    return tuple((block, number - width[block]) for block, number in zip(blocks, order, strict=True))
-
-
-@contextmanager
-def _watched(model: VisionTransformer, top: int) -> Iterator[dict[int, Tensor]]:
-    """Collect the activations of the MLP neurons of blocks 0 to ``top``, by block, (B, tokens, hidden)."""
-    seen: dict[int, Tensor] = {}
-
-    def hook(block: int) -> Any:
-        return lambda _module, inputs: seen.update({block: inputs[0]})
-
-    handles = [_output_layer(model, block).register_forward_pre_hook(hook(block)) for block in range(top + 1)]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    neurons = [(block, neuron) for block, score in enumerate(scores) for neuron in range(len(score))]
+    return tuple(neurons[number] for number in order)

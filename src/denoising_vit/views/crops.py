@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.views.patch_grid import patch_centres
-from denoising_vit.views.plan import ViewPlan
+from denoising_vit.views.plan import ViewPlan, random_stream
 from denoising_vit.views.rendering import ViewRenderer, per_channel
 from denoising_vit.views.sampling import sample_field
 
@@ -52,8 +52,7 @@ class Crop:
             size: (H, W) of a view.
             seed: seed for all crops.
         """
-        stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, number])))
-        side, left, top = stream.random_sample(3).tolist()
+        side, left, top = random_stream([seed, number]).random_sample(3).tolist()
         side = _NEUTRAL_SIDES[0] + side * (_NEUTRAL_SIDES[1] - _NEUTRAL_SIDES[0])
         left, top = left * (1 - side), top * (1 - side)
         # Not every other crop, so that an alternating split of photos puts both kinds into both halves.

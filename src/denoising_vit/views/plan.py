@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -29,6 +30,11 @@ _BORDER_WEIGHT = 0.2
 
 #: Boxes are multiples of the inverse of this number.
 _GRAIN = 2.0**32
+
+
+def random_stream(seed: int | Sequence[int]) -> np.random.RandomState:
+    """Random numbers of a seed. RandomState is the only NumPy generator whose streams are guaranteed not to change."""
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
 
 
 def linear_weights(positions: np.ndarray, nodes: int) -> np.ndarray:
@@ -224,8 +230,7 @@ class ViewPlan:
 
 def _draw_crops(views: int, size: tuple[int, int], crops: CropOptions, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (V, 4) and flips (V,), drawn view by view, so that additional views extend a plan."""
-    # RandomState is the only NumPy generator whose streams are guaranteed not to change.
-    stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    stream = random_stream(seed)
     if crops.coverage != "even":
         draws = stream.random_sample((views, 5))
     else:
@@ -259,13 +264,7 @@ def _whole_pixels(width: np.ndarray, height: np.ndarray, draws: np.ndarray, size
 def areas_and_ratios(
     area: tuple[float, float], ratio: tuple[float, float], draws: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Areas and ratios of crops, each of shape (...), for draws (..., 2) in [0, 1).
-
-    Args:
-        area: minimum and maximum.
-        ratio: minimum and maximum of width / height.
-        draws: the first determines the area, the second the ratio.
-    """
+    """Areas and ratios (width / height) of crops, (...) each, from ranges of both and draws (..., 2) in [0, 1)."""
     low, high = np.log(ratio)
     areas = area[0] + draws[..., 0] * (area[1] - area[0])
     return areas, np.exp(low + draws[..., 1] * (high - low))  # log-uniform: wide and tall are equally likely

@@ -23,6 +23,11 @@ def to_image(photo: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     return pixels.permute(2, 0, 1).float().div_(255).contiguous()  # (H, W, 3) -> (3, H, W)
 
 
+def resized(images: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] at another size (H, W): antialiased bicubic, overshoot clipped."""
+    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp_(0, 1)
+
+
 def per_channel(values: tuple[float, ...], device: torch.device | str = "cpu") -> Tensor:
     """Per-channel values, such as a mean, as (3, 1, 1) for computing with images."""
     return torch.tensor(values, device=device)[:, None, None]
@@ -51,14 +56,7 @@ def resampling_matrix(start: float, stop: float, length: int, count: int) -> tup
 
 
 class ViewRenderer:
-    """Renderer of the views of one image.
-
-    Args:
-        image: (3, H, W) float in [0, 1], on the device for the views.
-        plan: the views.
-        mean: per-channel mean to subtract.
-        std: per-channel standard deviation to divide by.
-    """
+    """Renderer of the views of one image (3, H, W) in [0, 1], on the image's device; normalised with mean and std."""
 
     def __init__(self, image: Tensor, plan: ViewPlan, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.plan = plan
@@ -108,10 +106,8 @@ def _reduced(image: Tensor, plan: ViewPlan) -> Tensor:
     """Shrink a photo once if it has more pixels than the smallest crop needs."""
     sides = plan.boxes[:, 3] - plan.boxes[:, 1], plan.boxes[:, 2] - plan.boxes[:, 0]
     needed = [math.ceil(full / side.min()) for full, side in zip(plan.size, sides, strict=True)]
-    target = [min(have, need) for have, need in zip(image.shape[1:], needed, strict=True)]
-    if target == list(image.shape[1:]):
-        return image
-    return F.interpolate(image[None], target, mode="bicubic", antialias=True)[0].clamp_(0, 1)
+    target = tuple(min(have, need) for have, need in zip(image.shape[1:], needed, strict=True))
+    return image if target == image.shape[1:] else resized(image[None], target)[0]
 
 
 #: Number of views to render at once; each takes as much memory as the largest one.

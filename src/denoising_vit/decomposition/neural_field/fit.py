@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.backbones.runtime import seeded
-from denoising_vit.decomposition.heldout import Agreement
 from denoising_vit.decomposition.neural_field.model import NeuralModel, first_phase_loss, second_phase_loss
-from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
+from denoising_vit.decomposition.options import NeuralFieldOptions
+from denoising_vit.decomposition.statistics import Agreement
 from denoising_vit.errors import FitError, PlanError
 from denoising_vit.views.plan import ViewPlan
 

@@ -1,28 +1,29 @@
-"""Calibration: the artifact G of a backbone, from a few dozen photos."""
+"""Calibration: the artifact G of a backbone, from a few dozen photos, and its reliability.
+
+Each photo estimates the same G with an independent error: ``G_i = G + e_i``. The products ``G_i . G_j`` are sufficient:
+they average |G|^2 for different photos, and |G|^2 + |e|^2 for a photo with itself.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
-from denoising_vit.data import Skipped, find_photos
-from denoising_vit.data.photos import photo_digest, read_photo
-from denoising_vit.decomposition.calibration.stability import Stability, curve
+from denoising_vit.data import Skipped
+from denoising_vit.decomposition.inputs import named_pixels, with_content
 from denoising_vit.decomposition.options import CalibrationOptions
 from denoising_vit.decomposition.stage_one import Failed, Ready, StageOne
-from denoising_vit.errors import ArtifactError, DenoisingVitWarning, PhotoError
+from denoising_vit.errors import ArtifactError, DenoisingVitWarning
 
 #: Minimum number of photos; fewer cannot be split into halves to compare.
 LEAST_PHOTOS = 4
@@ -36,58 +37,103 @@ _ABSURD = 64
 #: Fraction of the mean square of features below which their variance is rounding error.
 _ROUNDING = 1e-9
 
+#: Target reliability of the suggested number of photos.
+ENOUGH = 0.95
+
+#: Fraction of the features' energy below which a common part does not count as an artifact.
+NEGLIGIBLE = 0.001
+
+#: Number of random splits to average a correlation over.
+_SPLITS = 64
+
 #: Called once per photo with its name, and None or the reason for skipping it.
 OnPhoto = Callable[[str, str | None], None]
 
-#: Deviation (of 255) of pixels below which a photo has no content that moves from crop to crop.
-_CONTENT = 1.0
 
-#: Approximate number of pixel rows and columns to check for content.
-_LOOKED_AT = 512
+@dataclass(frozen=True)
+class Stability:
+    """Reliability of the mean of single photos' artifacts.
 
-
-def named_pixels(photos: Iterable[Any]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
-    """Photos in any form, as (name, pixels (H, W, 3) uint8 or the reason for skipping)."""
-    if isinstance(photos, Image.Image) or (isinstance(photos, np.ndarray) and photos.ndim == 3):
-        photos = [photos]  # a single photo
-    if isinstance(photos, str | Path):
-        photos, missing = find_photos([photos])
-        yield from ((item.item, item) for item in missing)
-    for number, photo in enumerate(photos):
-        name = f"photo {number}" if isinstance(photo, np.ndarray | Image.Image) else str(photo)
-        try:
-            yield name, read_photo(photo)
-        except PhotoError as error:
-            yield name, Skipped(name, str(error).removeprefix(f"{name}: "))
-        except TypeError:
-            kind = type(photo).__name__
-            yield (f"photo {number}", Skipped(f"photo {number}", f"expected a path, PIL image or array, got {kind}"))
-
-
-def telling(photos: Iterable[tuple[str, np.ndarray | Skipped]]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
-    """Skip photos of a single colour, and duplicates.
-
-    Photos of a single colour look the same in every crop, so they cannot separate G and F; duplicates agree trivially.
+    Attributes:
+        photos: number of photos.
+        signal: mean square of the common part, summed over channels: |G|^2 per patch; can be slightly negative if there
+            is no common part.
+        noise: mean square of the individual errors, in the same units.
+        split_half: correlation between the means of two halves of the photos, averaged over random splits.
+        energy: variance of the features, in the same units; None if unknown.
     """
-    seen: dict[str, str] = {}
-    for name, pixels in photos:
-        if isinstance(pixels, Skipped):
-            yield name, pixels
-            continue
-        digest = photo_digest(pixels)
-        if not _has_content(pixels):
-            yield name, Skipped(name, "no content: all pixels are the same")
-        elif digest in seen:
-            yield name, Skipped(name, f"a duplicate of {seen[digest]}")
-        else:
-            seen[digest] = name
-            yield name, pixels
+
+    photos: int
+    signal: float
+    noise: float
+    split_half: float
+    energy: float | None = None
+
+    @classmethod
+    def of(cls, products: np.ndarray, seed: int = 0, energy: float | None = None) -> Stability:
+        """Compute from the products (N, N) of N photos' artifacts, per patch; N >= 4."""
+        photos = len(products)
+        own = float(np.trace(products)) / photos
+        common = (float(products.sum()) - float(np.trace(products))) / (photos * (photos - 1))
+        return cls(photos, common, max(own - common, 0.0), split_half(products, photos, seed), energy)
+
+    def reliability_of(self, photos: int) -> float:
+        """Fraction of the variance of the mean artifact of this number of photos that is G, in [0, 1]."""
+        signal = max(self.signal, 0.0)
+        total = signal + self.noise / photos
+        return signal / total if total > 0 else 0.0
+
+    @property
+    def reliability(self) -> float:
+        """Fraction of the artifact's variance that is G, in [0, 1]."""
+        return self.reliability_of(self.photos)
+
+    @property
+    def share(self) -> float | None:
+        """The common part relative to the features' energy; None if that is unknown."""
+        if self.energy is None:
+            return None
+        return max(self.signal, 0.0) / self.energy if self.energy > 0 else 0.0
+
+    @property
+    def suggested(self) -> int | None:
+        """Number of photos for a reliability of 0.95; None if the photos have nothing in common."""
+        if self.signal <= 0 or (self.share is not None and self.share < NEGLIGIBLE):
+            return None
+        return max(math.ceil(ENOUGH / (1 - ENOUGH) * self.noise / self.signal - 1e-9), 4)
+
+    def record(self) -> dict[str, Any]:
+        """Convert to JSON values."""
+        return asdict(self) | {
+            "share": self.share,
+            "reliability": self.reliability,
+            "suggested": self.suggested,
+        }
 
 
-def _has_content(pixels: np.ndarray) -> bool:
-    """True if pixels differ; checked on a subset, because large photos would take gigabytes."""
-    rows, columns = (max(side // _LOOKED_AT, 1) for side in pixels.shape[:2])
-    return pixels.size > 0 and float(pixels[::rows, ::columns].std(axis=(0, 1)).max()) >= _CONTENT
+def split_half(products: np.ndarray, photos: int, seed: int = 0) -> float:
+    """Mean correlation between the means of two disjoint halves of ``photos`` of the N photos, over random draws.
+
+    Artifacts have mean zero in every channel, so their correlation over all positions and channels is a cosine.
+    """
+    chance = np.random.RandomState(seed)
+    half = photos // 2
+    found = []
+    for _ in range(_SPLITS):
+        drawn = chance.permutation(len(products))
+        first, second = drawn[:half], drawn[half : 2 * half]
+        across = products[np.ix_(first, second)].sum()
+        within = products[np.ix_(first, first)].sum() * products[np.ix_(second, second)].sum()
+        found.append(across / math.sqrt(within) if within > 0 else 0.0)
+    return float(np.mean(found))
+
+
+def curve(products: np.ndarray, seed: int = 0) -> dict[int, float]:
+    """Split-half correlation by number of photos: 4, 8, 16, ... and all."""
+    counts = [2**k for k in range(2, int(math.log2(len(products))) + 1)]
+    if counts[-1] != len(products):
+        counts.append(len(products))
+    return {count: split_half(products, count, seed) for count in counts}
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +201,7 @@ def run_calibration(
     skipped: list[Skipped] = []
     artifacts: list[tuple[str, Tensor]] = []
     energies: list[float] = []
-    numbered = ((index, name, pixels) for index, (name, pixels) in enumerate(telling(photos)))
+    numbered = ((index, name, pixels) for index, (name, pixels) in enumerate(with_content(photos)))
     for result in stage.run(numbered):
         if isinstance(result, Failed):
             name, reason = result.name, result.reason
