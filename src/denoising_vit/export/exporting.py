@@ -16,8 +16,7 @@ import torch
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import ExportError
 from denoising_vit.export.card import card, description
-from denoising_vit.export.checkpoints import WEIGHTS, own_side, write_huggingface, write_timm
-from denoising_vit.export.extractor_file import write_extractor
+from denoising_vit.export.checkpoints import WEIGHTS, write_extractor, write_huggingface, write_timm
 from denoising_vit.export.graphs import quantise, trace, write_onnx, write_program
 from denoising_vit.export.options import CHECKPOINTS, ExportOptions
 from denoising_vit.export.traceable import Extractor, TraceableExtractor
@@ -39,6 +38,7 @@ from denoising_vit.export.verification import (
 )
 from denoising_vit.files import (
     DISTILLED,
+    KEY,
     clipped,
     current_umask,
     file_digest,
@@ -146,7 +146,7 @@ def _write_model(
     elif options.format == "program":
         write_program(trace(module), folder / PROGRAM)
     else:
-        about = {"denoising_vit": json.dumps({key: meta[key] for key in ("features", "backbone", "licence")})}
+        about = {KEY: json.dumps({key: meta[key] for key in ("features", "backbone", "licence")})}
         write_onnx(trace(module), module, folder / ONNX, about)
         if options.int8:
             quantise(folder / ONNX, folder / INT8)
@@ -156,7 +156,7 @@ def _write_model(
 
 def _carried(meta: dict[str, Any]) -> dict[str, str]:
     """Metadata of a checkpoint: the record of distillation."""
-    return {} if meta["distilled"] is None else {"denoising_vit": json.dumps({"format": DISTILLED} | meta["distilled"])}
+    return {} if meta["distilled"] is None else {KEY: json.dumps({"format": DISTILLED} | meta["distilled"])}
 
 
 def _in_pytorch(module: TraceableExtractor) -> Run:
@@ -175,8 +175,9 @@ def _sizes(module: TraceableExtractor, form: str) -> Sizes:
     """Batch size, height and width of the compared images."""
     backbone = module.backbone
     patch, stride = backbone.patch_size, backbone.stride
-    if form == "huggingface":
-        side = own_side(backbone)
+    if form == "huggingface":  # the grid of the position embedding, because transformers resamples without antialiasing
+        model: Any = backbone.model
+        side = int(model.patch_embed.grid_size[0]) * patch
         return [[1, side, side]]
     return [[batch, patch + (h - 1) * stride, patch + (w - 1) * stride] for batch, h, w in CHECKED]
 

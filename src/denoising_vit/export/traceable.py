@@ -89,10 +89,6 @@ class TraceableExtractor(nn.Module):
         plain = _float_copy(self._original[0])
         return lambda image: plain.forward_with_prefix(self._normalised(image))
 
-    def tracing(self) -> contextlib.AbstractContextManager[None]:
-        """Context manager for running or tracing the module."""
-        return timm_resamples_in_graph()
-
 
 def _float_copy(extractor: Extractor) -> Extractor:
     return copy.deepcopy(extractor).to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
