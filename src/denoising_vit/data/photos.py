@@ -99,12 +99,7 @@ def read_photo(
 
 
 def read_photo_bytes(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Like :func:`read_photo`, from the contents of a file.
-
-    Args:
-        content: the whole file.
-        name: name for error messages.
-        max_pixels: maximum size of a photo to decode.
+    """Like :func:`read_photo`, from the contents of a file; ``name`` is for error messages.
 
     Raises:
         PhotoError: if the contents are empty, damaged, too large, or not an image.
@@ -197,11 +192,7 @@ def shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def refuse_larger(image: Image.Image, name: str, max_pixels: int) -> None:
-    """Raise PhotoError for an opened image that declares too many pixels.
-
-    Raises:
-        PhotoError: naming its size, the limit, and what to do.
-    """
+    """Raise PhotoError for an opened image that declares too many pixels."""
     width, height = image.size
     if width * height > max_pixels:
         raise PhotoError(
