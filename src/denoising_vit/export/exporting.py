@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import ExportError
 from denoising_vit.export.card import card, description
@@ -95,7 +93,7 @@ def export_extractor(
     with _appearing(Path(out).expanduser()) as folder:
         _write_model(extractor, module, folder, options, meta)
         sizes = _sizes(module, options.format)
-        reference = record(_in_pytorch(module), sizes, pixels=options.pixels)
+        reference = record(module.reference(), sizes, pixels=options.pixels)
         run = runner(folder, options.format, int8=options.int8)
         found = compare(reference, record(run, sizes, pixels=options.pixels))
         allowed = TOLERANCES[options.format]
@@ -159,18 +157,6 @@ def _carried(meta: dict[str, Any]) -> dict[str, str]:
     return {} if meta["distilled"] is None else {KEY: json.dumps({"format": DISTILLED} | meta["distilled"])}
 
 
-def _in_pytorch(module: TraceableExtractor) -> Run:
-    """Run the extractor itself in float32, not the traced module."""
-    pure = module.reference()
-
-    def run(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with torch.no_grad():
-            features, prefix = pure(image)
-        return features, prefix if module.prefix else None
-
-    return run
-
-
 def _sizes(module: TraceableExtractor, form: str) -> Sizes:
     """Batch size, height and width of the compared images."""
     backbone = module.backbone
@@ -185,7 +171,7 @@ def _sizes(module: TraceableExtractor, form: str) -> Sizes:
 def _elsewhere(module: TraceableExtractor, run: Run) -> dict[str, Any]:
     """Difference of transformers from timm at sizes where position embeddings are resampled."""
     sizes = _sizes(module, "timm")
-    away = compare(record(_in_pytorch(module), sizes, pixels=False), record(run, sizes, pixels=False))
+    away = compare(record(module.reference(), sizes, pixels=False), record(run, sizes, pixels=False))
     return {} if away is None else {"elsewhere": dataclasses.asdict(away) | {"sizes": sizes}}
 
 

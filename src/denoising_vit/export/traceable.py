@@ -84,10 +84,16 @@ class TraceableExtractor(nn.Module):
     def _normalised(self, image: Tensor) -> Tensor:
         return image if self.mean is None or self.std is None else (image - self.mean) / self.std
 
-    def reference(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """The float32 extractor itself on the CPU, with the same input."""
+    def reference(self) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+        """The float32 extractor itself on the CPU, with the same input and outputs."""
         plain = _float_copy(self._original[0])
-        return lambda image: plain.forward_with_prefix(self._normalised(image))
+
+        @torch.no_grad()
+        def run(image: Tensor) -> tuple[Tensor, Tensor | None]:
+            features, prefix = plain.forward_with_prefix(self._normalised(image))
+            return features, prefix if self.prefix else None
+
+        return run
 
 
 def _float_copy(extractor: Extractor) -> Extractor:
