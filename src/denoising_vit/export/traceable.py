@@ -35,12 +35,8 @@ _PATCHING = threading.Lock()
 class TraceableExtractor(nn.Module):
     """The computation of an exported graph: (B, 3, H, W) to features (B, h, w, C), and optionally prefix tokens.
 
-    It uses a float32 copy of the extractor on the CPU.
-
-    Args:
-        extractor: a backbone or :class:`~denoising_vit.DenoisedViT`.
-        pixels: take images in [0, 1] and normalise them in the graph.
-        prefix: also output prefix tokens (B, P, C).
+    It uses a float32 copy of the extractor on the CPU. With ``pixels``, it takes images in [0, 1] and normalises them;
+    with ``prefix``, it also outputs prefix tokens (B, P, C).
     """
 
     def __init__(self, extractor: Extractor, *, pixels: bool = False, prefix: bool = False) -> None:

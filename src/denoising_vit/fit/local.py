@@ -72,11 +72,7 @@ class LocalRun:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fit(self, stages: Sequence[StageOne], shards: Iterable[int]) -> None:
-        """Fit the remaining photos of shards.
-
-        Args:
-            stages: the solver on each device.
-            shards: numbers of the shards.
+        """Fit the remaining photos of shards, with the solver on each device.
 
         Raises:
             PhotoError: if strict, and a photo is unusable.

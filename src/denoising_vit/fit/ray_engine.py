@@ -103,13 +103,7 @@ def _fitter_of(job: RayJob) -> type[ShardFitter]:
 
 
 def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_photo: OnPhoto) -> None:
-    """Fit shards with the number of workers in the options.
-
-    Args:
-        job: settings for the workers.
-        store: the store.
-        shards: numbers of the shards.
-        on_photo: called for each photo of a finished shard, with None or the reason for skipping it.
+    """Fit shards with the number of workers in the options; ``on_photo`` is called once a photo's shard is finished.
 
     Raises:
         FitError: if Ray is not installed, no cluster responds, the cluster is too small for a worker, or a worker

@@ -77,11 +77,7 @@ _LICENCE = (
 
 
 def write_card(folder: Path, figures: Mapping[str, Any] | None = None) -> None:
-    """Write the card of the shareable files in a folder.
-
-    Args:
-        folder: the folder.
-        figures: measured values to state, by description.
+    """Write the card of the shareable files in a folder, with measured values ``figures`` by description.
 
     Raises:
         OutputError: if the folder has a README that is not a card of this package.

@@ -117,10 +117,8 @@ class _Entry:
 class Leases:
     """The leases of a store.
 
-    Args:
-        objects: objects of the store.
-        heartbeat: seconds between heartbeats of leases acquired here.
-        patience: seconds to watch another machine's lease; several of its heartbeats.
+    Leases acquired here have a heartbeat every ``heartbeat`` seconds. Another machine's lease is watched for
+    ``patience`` seconds, which are several of its heartbeats.
     """
 
     def __init__(self, objects: Objects, *, heartbeat: float = HEARTBEAT, patience: float = PATIENCE) -> None:

@@ -163,9 +163,6 @@ class StoreDataset(Dataset[tuple[int, Tensor]]):
 
     Finished images are listed once, so that an epoch does not change while the store grows.
 
-    Args:
-        store: the store.
-
     Attributes:
         indices: store index of each item, ascending.
     """
