@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.errors import StoreError
 from denoising_vit.store import FeatureStore, Manifest, MissingImageError, ShardSampler, StoreDataset
-from denoising_vit.store.exporting import file_names
+from denoising_vit.store.passes import file_names
 
 SHAPE = (3, 4, 5)
 IDS = [f"photo{index}.jpg" for index in range(7)]

@@ -25,8 +25,8 @@ from .errors import (
     SizeError,
     WeightsError,
 )
+from .export.checkpoints import load_extractor
 from .export.exporting import export_extractor
-from .export.extractor_file import load_extractor
 from .export.options import ExportOptions
 from .export.verification import verify_export
 from .tiling.features import tiled_features

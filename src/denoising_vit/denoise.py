@@ -221,9 +221,7 @@ def settle(
     backbone: Backbone,
     cleaners: Cleaners = Cleaners(),  # noqa: B008, frozen
 ) -> tuple[DenoiseOptions, FoundDenoiser | None]:
-    """The options with ``auto`` resolved to a method, and the denoiser if the method uses one.
-
-    ``auto`` is :meth:`Cleaners.preferred`.
+    """The options with ``auto`` resolved by :meth:`Cleaners.preferred`, and the denoiser if the method uses one.
 
     Raises:
         PlanError: if the method is unknown, a denoiser is given for a method that uses none, or an option is out of

@@ -102,25 +102,17 @@ Unused = Annotated[None, tyro.conf.Fixed, tyro.conf.Suppress]
 
 @dataclass(frozen=True)
 class FeatureKind:
-    """A kind of features.
+    """A kind of features."""
 
-    Attributes:
-        name: name as in ``--features``.
-        summary: short description for ``--help``.
-        make: creates the extractor, and the record that identifies its cleaner. None for features that stage 1 fits to
-            each image: these are read from fields, and no extractor computes them.
-        uses: the field of :class:`Cleaners` that it uses, if any. If that is not given, it may use one from the
-            package, or find one.
-        cleans: False for raw features.
-        one_pass: True if an image takes one forward pass.
-    """
-
-    name: str
-    summary: str
+    name: str  #: as in ``--features``
+    summary: str  #: short description for ``--help``
+    #: Creates the extractor, and the record that identifies its cleaner. None for features that stage 1 fits to each
+    #: image: these are read from fields, and no extractor computes them.
     make: Callable[[Backbone, Cleaners], tuple[Extractor, dict[str, str]]] | None
+    #: The field of :class:`Cleaners` that it uses, if any; by default, one from the package, or one that it finds.
     uses: Literal["artifact", "denoiser", "distilled", "subspace", "registers"] | None = None
-    cleans: bool = True
-    one_pass: bool = True
+    cleans: bool = True  #: False for raw features
+    one_pass: bool = True  #: True if an image takes one forward pass
 
     @property
     def per_image(self) -> bool:
@@ -217,12 +209,7 @@ def features_arg(more: str = "") -> Any:
 
 
 def parse_names(names: str | Sequence[str], known: Iterable[str], of: str = "features") -> tuple[str, ...]:
-    """Parse names, keeping their order.
-
-    Args:
-        names: a comma-separated string, or a sequence of names.
-        known: available names.
-        of: what the names are, for the error message.
+    """Parse names, given as a sequence or separated by commas, keeping their order; ``of`` is what they name.
 
     Raises:
         PlanError: if a name is unknown or repeated, or there is none.

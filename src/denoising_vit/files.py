@@ -142,6 +142,11 @@ def unwritable(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, for the message of another error."""
+    return next(iter(str(error).strip().splitlines()), "no reason given")
+
+
 def plain_stem(name: str) -> str:
     """A file stem for the results of a photo or clip: valid UTF-8, with room for a number and a suffix.
 
@@ -180,15 +185,10 @@ def file_digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """Identification that this package writes into its files, to recognise them before replacing them.
+    """Identification that this package writes into its files, to recognise them before replacing them."""
 
-    Attributes:
-        kind: kind of file, in lower-case letters and hyphens.
-        source: SHA-256 of the inputs; see :func:`digest_of`.
-    """
-
-    kind: str
-    source: str
+    kind: str  #: kind of file, in lower-case letters and hyphens
+    source: str  #: SHA-256 of the inputs; see :func:`digest_of`
 
     def __str__(self) -> str:
         return f"denoising-vit {self.kind} of {self.source}"
@@ -211,12 +211,7 @@ class Mark:
         return None if found is None else cls(found["kind"].decode(), found["source"].decode())
 
     def add(self, path: Path, suffix: str) -> None:
-        """Append the mark to a picture or page; files of other kinds keep it in their own record.
-
-        Args:
-            path: the file, under any name.
-            suffix: type of the file: .png, .pdf, .svg, .html or .md.
-        """
+        """Append the mark to a .png, .pdf, .svg, .html or .md file of any name; others keep it in their own record."""
         text = str(self).encode()
         if suffix == ".png":
             content, chunk = path.read_bytes(), b"tEXtSource\0" + text

@@ -10,26 +10,23 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from denoising_vit.artifact import SHIPPED, Artifact, load_artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.huggingface_loading import is_model_of_transformers, wrap_huggingface
+from denoising_vit.backbones.loading import distilled_path, with_weights
 from denoising_vit.backbones.module import ModuleBackbone
 from denoising_vit.backbones.subclassing import generalise, specialise
 from denoising_vit.backbones.timm_vit import TimmBackbone, TimmViT, any_size, timm_name
-from denoising_vit.cleaning import weights
 from denoising_vit.cleaning.models import CleanBackbone, Cleaned, CleanModule, CleanTimm, CleanTransformers
-from denoising_vit.cleaning.tokens import Minus, cleaning_of
-from denoising_vit.denoiser import Denoiser, find_denoiser
-from denoising_vit.denoiser.loading import find_shipped
+from denoising_vit.cleaning.tokens import cleaning_of
 from denoising_vit.errors import BackboneError, DenoisingVitWarning, PlanError
-from denoising_vit.training_free import Registers, Subspace, find_registers, find_subspace
+from denoising_vit.training_free import Registers, find_registers
 from denoising_vit.training_free import registers as registering
-from denoising_vit.training_free.average import DEFAULT_PASSES, require_passes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -43,6 +40,9 @@ _OPTIONS = {
     "registers": ("registers", "photos", "size"),
     "distilled": ("distilled",),
 }
+
+#: Attribute of a model with distilled weights: its own weights, by name, where they differ.
+_OWN = "_own_weights"
 
 #: Attribute of a backbone with distilled weights: the origin of its own weights.
 _ORIGIN = "_own_origin"
@@ -99,20 +99,11 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
         target, backbone, mixin = _target(model, of_module)
         if method == "registers":
             _install_registers(target, backbone, _registers(backbone, options))
-            return model
-        if method == "distilled":
+        elif method == "distilled":
             _install_weights(target, backbone, options.get("distilled"))
-            return model
-        cleaner, passes = None, None
-        if method == "average":
-            passes = options.get("passes", DEFAULT_PASSES)
-            require_passes(passes)
-        elif method == "auto":
-            method, cleaner = _automatic(backbone, options)
         else:
-            cleaner = _cleaner(method, backbone, options)
-        target.__dict__["_cleaning"] = cleaning_of(method, cleaner, passes, backbone)
-        specialise(target, mixin)
+            target.__dict__["_cleaning"] = cleaning_of(method, backbone, options)
+            specialise(target, mixin)
         if isinstance(target, Backbone):
             target._fingerprint = None
     return model
@@ -130,37 +121,11 @@ def restore(model: M) -> M:
         if "_registers" in module.__dict__:
             del module.__dict__["_registers"]
             registering.remove(module)
-        weights.restore(module)
+        _write(module, module.__dict__.pop(_OWN, {}))
         if isinstance(module, Backbone):
             module._fingerprint = None
             module.weights = vars(module).pop(_ORIGIN, module.weights)
     return model
-
-
-def _cleaner(method: str, backbone: Backbone, options: dict[str, Any]) -> nn.Module:
-    """Module that cleans features (B, h, w, C) of a backbone."""
-    if method == "subtract":
-        artifact = _artifact(options.get("artifact", SHIPPED), backbone)
-        artifact.require_of(backbone)
-        return Minus(artifact)
-    if method == "denoiser":
-        given = options.get("denoiser")
-        if isinstance(given, Denoiser):
-            given.require_of(backbone)
-            return given
-        return find_denoiser(given, backbone).denoiser
-    found = options.get("subspace")
-    if found is None:
-        if "artifact" in options:
-            options["artifact"] = _artifact(options["artifact"], backbone)
-        return find_subspace(backbone, options.pop("photos", None), **options)
-    found = found if isinstance(found, Subspace) else Subspace.load(found)
-    found.require_of(backbone)
-    return found
-
-
-def _artifact(given: Any, backbone: Backbone) -> Artifact:
-    return given if isinstance(given, Artifact) else load_artifact(given, backbone)
 
 
 def _registers(backbone: Backbone, options: dict[str, Any]) -> Registers:
@@ -172,13 +137,6 @@ def _registers(backbone: Backbone, options: dict[str, Any]) -> Registers:
     found = found if isinstance(found, Registers) else Registers.load(found)
     found.require_of(backbone)
     return found
-
-
-def _automatic(backbone: Backbone, options: dict[str, Any]) -> tuple[str, nn.Module]:
-    """The denoiser that is given or in the package, else the projection."""
-    if options.get("denoiser") is None and find_shipped(backbone) is None:
-        return "project", _cleaner("project", backbone, {})
-    return "denoiser", _cleaner("denoiser", backbone, options)
 
 
 def _target(model: nn.Module, of_module: dict[str, Any]) -> tuple[nn.Module, Backbone, type[Cleaned]]:
@@ -215,7 +173,7 @@ def _refuse(given: dict[str, Any], what: str) -> None:
 def _restored(model: nn.Module) -> Iterator[None]:
     """The model without its earlier cleaner inside the block; the cleaner is put back if the block fails."""
     before = [(module, type(module), dict(vars(module)), dict(module._forward_pre_hooks)) for module in model.modules()]
-    distilled = [(module, weights.installed(module)) for module in model.modules()]
+    distilled = [(module, _installed(module)) for module in model.modules()]
     restore(model)
     try:
         yield
@@ -226,7 +184,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
             vars(module).update(held)
             module._forward_pre_hooks.update(hooks)
         for module, values in distilled:
-            weights.write(module, values)
+            _write(module, values)
         raise
 
 
@@ -253,14 +211,35 @@ def _install_registers(target: nn.Module, backbone: Backbone, found: Registers) 
         return
     registering.install(inside, found.neurons)
     inside.__dict__["_registers"] = found
-    if isinstance(target, Backbone):
-        target._fingerprint = None
 
 
-def _install_weights(target: nn.Module, backbone: Backbone, given: Any) -> None:
-    """Install distilled weights."""
-    inside = target.model if isinstance(target, TimmBackbone) else target
-    weights.install(inside, backbone, given)
+def _install_weights(target: nn.Module, backbone: Backbone, given: str | Path | None) -> None:
+    """Replace the weights of a timm model, in place, by distilled ones from a file, or by the package's."""
+    if not isinstance(backbone, TimmBackbone):
+        raise BackboneError(f"distilled weights need a ViT of timm, got {backbone.name}")
+    module = target.model if isinstance(target, TimmBackbone) else target
+    distilled = with_weights(backbone, distilled_path(backbone, given, how="distilled=FILE"))
+    assert isinstance(distilled, TimmBackbone)
+    own = module.state_dict()
+    changed = {name: value for name, value in distilled.model.state_dict().items() if not torch.equal(value, own[name])}
+    # Names may share a tensor, so all values are kept before any is written.
+    module.__dict__[_OWN] = {name: own[name].clone() for name in changed}
+    _write(module, changed)
     if isinstance(target, Backbone):
         vars(target)[_ORIGIN] = target.weights
         target.weights = "distilled" if given is None else str(given)
+
+
+def _installed(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the distilled weights of a module, by name; empty if it has none."""
+    present = module.state_dict() if _OWN in module.__dict__ else {}
+    return {name: present[name].clone() for name in module.__dict__.get(_OWN, ()) if name in present}
+
+
+@torch.no_grad()
+def _write(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Write weights by name, in place; names that the module no longer has in this shape are skipped."""
+    present = module.state_dict() if values else {}
+    for name, value in values.items():
+        if name in present and present[name].shape == value.shape:
+            present[name].copy_(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
-import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -61,7 +60,6 @@ class CleanTimm(Cleaned):
         if blocks != cleaning.depth or (stop_early and most < blocks - 1):
             return found  # it stopped before the last block
         last = sorted(taken).index(blocks - 1) if blocks - 1 in taken else None
-        grid = cleaning.grid(x)
 
         def again(image: Tensor) -> Tensor:
             return run(image, [blocks - 1], False, norm, False, "NLC", True)[0]
@@ -71,21 +69,16 @@ class CleanTimm(Cleaned):
                 return tokens
             square = output_fmt == "NCHW"
             tokens = tokens.flatten(2).transpose(1, 2) if square else tokens  # (B, C, h, w) -> (B, h w, C)
-            clean = cleaning.tokens(tokens, grid, x, again, normed=norm and self._normed())
-            return clean.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() if square else clean
+            clean = cleaning.tokens(tokens, x, again, normed=norm and self._normed())
+            return clean.unflatten(1, cleaning.grid(x)).permute(0, 3, 1, 2).contiguous() if square else clean
 
         return edit_intermediates(found, patches, lambda tokens: self._all_tokens(tokens, x, features))
 
     def _all_tokens(self, tokens: Tensor, image: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
         """Prefix and patch tokens (B, P + h w, C), with patch tokens cleaned unless the last blocks were pruned."""
-        cleaning = self._cleaning
-        if len(self.blocks) != cleaning.depth:  # pyright: ignore[reportAttributeAccessIssue]
+        if len(self.blocks) != self._cleaning.depth:  # pyright: ignore[reportAttributeAccessIssue]
             return tokens
-        prefix, patches = tokens[:, : cleaning.prefix], tokens[:, cleaning.prefix :]
-        clean = cleaning.tokens(
-            patches, cleaning.grid(image), image, lambda other: again(other)[:, cleaning.prefix :], self._normed()
-        )
-        return torch.cat([prefix, clean], dim=1)
+        return self._cleaning.all_tokens(tokens, image, again, normed=self._normed())
 
     def _normed(self) -> bool:
         """True if the model applies its norm before any pooling; a pruned model no longer does."""
@@ -102,34 +95,29 @@ class CleanTransformers(Cleaned):
         found = run(*args, **kwargs)
         cleaning = self._cleaning
 
-        def run_on(moved_image: Tensor) -> Any:
+        def run_on(other: Tensor) -> Any:
             if "pixel_values" in kwargs:
-                return run(*args, **kwargs | {"pixel_values": moved_image})
-            return run(moved_image, *args[1:], **kwargs)
+                return run(*args, **kwargs | {"pixel_values": other})
+            return run(other, *args[1:], **kwargs)
 
-        def again(moved_image: Tensor) -> Tensor:
-            return tensor_in(run_on(moved_image), "the model")
-
-        def cleaned(tokens: Tensor, normed: bool, rerun: Callable[[Tensor], Tensor]) -> Tensor:
-            prefix, patches = tokens[:, : cleaning.prefix], tokens[:, cleaning.prefix :]
-            clean = cleaning.tokens(
-                patches, cleaning.grid(image), image, lambda other: rerun(other)[:, cleaning.prefix :], normed
-            )
-            return torch.cat([prefix, clean], dim=1)
+        def again(other: Tensor) -> Tensor:
+            return tensor_in(run_on(other), "the model")
 
         last = tensor_in(found, "the model")
-        clean = cleaned(last, cleaning.normed, again)
+        clean = cleaning.all_tokens(last, image, again, normed=cleaning.normed)
         changed = with_tensor(found, clean)
         states, where = _hidden_states(found)
         if states is None:
             return changed
 
-        def again_before_the_norm(moved_image: Tensor) -> Tensor:
-            more = _hidden_states(run_on(moved_image))[0]
+        def again_before_the_norm(other: Tensor) -> Tensor:
+            more, _ = _hidden_states(run_on(other))
             assert more is not None  # as in the first pass
             return more[-1]
 
-        end = clean if states[-1] is last else cleaned(states[-1], False, again_before_the_norm)
+        end = (
+            clean if states[-1] is last else cleaning.all_tokens(states[-1], image, again_before_the_norm, normed=False)
+        )
         states = (*states[:-1], end)
         if isinstance(where, int):
             return (*changed[:where], states, *changed[where + 1 :])
@@ -164,14 +152,8 @@ class CleanModule(Cleaned):
 
         output = run(image, *args, **kwargs)
         tokens, layout = tokens_of(output)
-        clean = cleaning.tokens(
-            tokens[:, cleaning.prefix :],
-            grid,
-            image,
-            lambda other: tokens_of(run(other, *args, **kwargs))[0][:, cleaning.prefix :],
-            normed=True,
-        )
-        return with_tensor(output, as_output(torch.cat([tokens[:, : cleaning.prefix], clean], dim=1), layout, grid))
+        clean = cleaning.all_tokens(tokens, image, lambda other: tokens_of(run(other, *args, **kwargs))[0], normed=True)
+        return with_tensor(output, as_output(clean, layout, grid))
 
 
 class CleanBackbone(Cleaned):

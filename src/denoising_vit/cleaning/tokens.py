@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from denoising_vit.artifact import Artifact
+from denoising_vit.artifact import SHIPPED, Artifact, load_artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.huggingface import HuggingFaceBackbone
 from denoising_vit.backbones.module import Layout, ModuleBackbone
 from denoising_vit.backbones.timm_vit import TimmBackbone
-from denoising_vit.training_free.average import DEFAULT_PASSES, aligned_mean, moved, moves
+from denoising_vit.denoiser.loading import find_denoiser, find_shipped
+from denoising_vit.training_free import Subspace, find_subspace
+from denoising_vit.training_free.average import DEFAULT_PASSES, aligned_mean, moved, moves, require_passes
 from denoising_vit.views.patch_grid import patch_count
 
 
@@ -36,36 +39,23 @@ class Minus(nn.Module):
 
 @dataclass
 class Cleaning:
-    """Cleaner of a model's tokens, with its settings.
+    """Cleaner of a model's tokens, with its settings."""
 
-    Attributes:
-        words: description for ``repr``.
-        cleaner: maps features (B, h, w, C) float32 to clean features; None for ``average``.
-        passes: number of shifted and mirrored passes, for ``average``.
-        stride: distance between patches in pixels.
-        patch_size: side of a patch in pixels.
-        prefix: number of prefix tokens.
-        depth: number of blocks at the time of cleaning; None if unknown.
-        norm: final norm, after which features are cleaned; None if tokens are cleaned as they are.
-        normed: True if the last hidden state of a model of transformers is after the final norm.
-        layout: output layout of a module.
-    """
-
-    words: str
-    cleaner: nn.Module | None
-    passes: int | None
-    stride: int
-    patch_size: int
-    prefix: int = 0
-    depth: int | None = None
-    norm: nn.Module | None = None
-    normed: bool = True
-    layout: Layout = "auto"
+    words: str  #: description for ``repr``
+    cleaner: nn.Module | None  #: maps features (B, h, w, C) float32 to clean features; None for ``average``
+    passes: int | None  #: number of shifted and mirrored passes, for ``average``
+    stride: int  #: distance between patches in pixels
+    patch_size: int  #: side of a patch in pixels
+    prefix: int = 0  #: number of prefix tokens
+    depth: int | None = None  #: number of blocks at the time of cleaning; None if unknown
+    norm: nn.Module | None = None  #: final norm, after which features are cleaned; None to clean tokens as they are
+    normed: bool = True  #: True if the last hidden state of a model of transformers is after the final norm
+    layout: Layout = "auto"  #: output layout of a module
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """(h, w) of the patch grid of images (B, 3, H, W)."""
-        height, width = image.shape[2:]
-        return (patch_count(height, self.patch_size, self.stride), patch_count(width, self.patch_size, self.stride))
+        h, w = (patch_count(side, self.patch_size, self.stride) for side in image.shape[2:])
+        return h, w
 
     def features(self, first: Tensor, image: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
         """Clean features from raw features (B, h, w, C); ``again`` returns those of a moved image."""
@@ -75,24 +65,28 @@ class Cleaning:
         others = [again(moved(image, move, self.stride)).float() for move in plan[1:]]
         return aligned_mean([first.float(), *others], plan)
 
-    def tokens(
-        self, first: Tensor, grid: tuple[int, int], image: Tensor, again: Callable[[Tensor], Tensor], normed: bool
-    ) -> Tensor:
+    def tokens(self, first: Tensor, image: Tensor, again: Callable[[Tensor], Tensor], *, normed: bool) -> Tensor:
         """Clean patch tokens from raw patch tokens (B, h w, C), in their dtype.
 
         Args:
             first: patch tokens of ``image``.
-            grid: (h, w).
             image: normalised images (B, 3, H, W).
             again: returns raw patch tokens of another image.
             normed: True if tokens are after the final norm.
         """
+        grid = self.grid(image)
         if normed or self.norm is None or self.cleaner is None:
             clean = self.features(first.unflatten(1, grid), image, lambda other: again(other).unflatten(1, grid))
             return clean.flatten(1, 2).to(first.dtype)
         behind = self.norm(first).float()
         change = self.features(behind.unflatten(1, grid), image, again).flatten(1, 2) - behind
         return (first.float() + change * _scale(first.float(), self.norm)).to(first.dtype)
+
+    def all_tokens(self, first: Tensor, image: Tensor, again: Callable[[Tensor], Tensor], *, normed: bool) -> Tensor:
+        """Like :meth:`tokens`, for (B, P + h w, C) with prefix tokens, which are unchanged."""
+        prefix, patches = first[:, : self.prefix], first[:, self.prefix :]
+        clean = self.tokens(patches, image, lambda other: again(other)[:, self.prefix :], normed=normed)
+        return torch.cat([prefix, clean], dim=1)
 
     def moved_by(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move the cleaner with the model to another device, without changing its precision."""
@@ -112,10 +106,16 @@ def _scale(tokens: Tensor, norm: nn.Module) -> Tensor:
     return deviation * torch.where(weight.abs() > 1e-6, 1 / weight, torch.zeros_like(weight))
 
 
-def cleaning_of(method: str, cleaner: nn.Module | None, passes: int | None, backbone: Backbone) -> Cleaning:
-    """Cleaning of the tokens of a backbone's model; the backbone itself is not kept."""
-    if cleaner is not None:  # the caller's cleaner is not changed
-        cleaner = copy.deepcopy(cleaner).to(backbone.device).eval().requires_grad_(False)
+def cleaning_of(method: str, backbone: Backbone, options: dict[str, Any]) -> Cleaning:
+    """Cleaning of the tokens of a backbone's model by a method with its options; the backbone itself is not kept."""
+    if method == "auto":  # the denoiser that is given or in the package, else the projection
+        method = "denoiser" if "denoiser" in options or find_shipped(backbone) is not None else "project"
+    cleaner, passes = None, None
+    if method == "average":
+        passes = options.get("passes", DEFAULT_PASSES)
+        require_passes(passes)
+    else:  # a copy, because the caller's cleaner must not change
+        cleaner = copy.deepcopy(_cleaner(method, backbone, options)).to(backbone.device).eval().requires_grad_(False)
     what = {
         "subtract": "minus the artifact G",
         "denoiser": "through a denoiser",
@@ -134,3 +134,25 @@ def cleaning_of(method: str, cleaner: nn.Module | None, passes: int | None, back
         made.norm = backbone.model.get_submodule(backbone.family.norm)
         made.prefix, made.normed = backbone.family.prefix_tokens(backbone.model.config), backbone.family.normed
     return made
+
+
+def _cleaner(method: str, backbone: Backbone, options: dict[str, Any]) -> nn.Module:
+    """Module that cleans features (B, h, w, C) of a backbone."""
+    if method == "denoiser":
+        return find_denoiser(options.get("denoiser"), backbone).denoiser
+    if method == "subtract":
+        artifact = _artifact(options.get("artifact", SHIPPED), backbone)
+        artifact.require_of(backbone)
+        return Minus(artifact)
+    found = options.get("subspace")
+    if found is None:
+        if "artifact" in options:
+            options["artifact"] = _artifact(options["artifact"], backbone)
+        return find_subspace(backbone, options.pop("photos", None), **options)
+    found = found if isinstance(found, Subspace) else Subspace.load(found)
+    found.require_of(backbone)
+    return found
+
+
+def _artifact(given: Any, backbone: Backbone) -> Artifact:
+    return given if isinstance(given, Artifact) else load_artifact(given, backbone)

@@ -20,35 +20,23 @@ from denoising_vit.errors import PhotoError
 
 @dataclass(frozen=True)
 class Skipped:
-    """A data set entry that could not be used.
+    """A data set entry that could not be used."""
 
-    Attributes:
-        item: name of the entry.
-        reason: reason for skipping it, as shown to users.
-        unreachable: True if its storage did not respond, so that a retry may succeed.
-    """
-
-    item: str
-    reason: str
-    unreachable: bool = False
+    item: str  #: name of the entry
+    reason: str  #: reason for skipping it, as shown to users
+    unreachable: bool = False  #: True if its storage did not respond, so that a retry may succeed
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image of a data set, not yet read.
+    """One image of a data set, not yet read."""
 
-    Attributes:
-        id: unique within the data set and the same on every machine: the path below the source with ``/`` as separator;
-            ``<shard>/<member>`` for tar shards; the line for a text list.
-        url: absolute path or fsspec address of the file or tar shard.
-        start: offset of the member in its shard.
-        size: size of the member in its shard, in bytes.
-    """
-
+    #: Unique within the data set and the same on every machine: the path below the source with ``/`` as separator;
+    #: ``<shard>/<member>`` for tar shards; the line for a text list.
     id: str
-    url: str
-    start: int | None = None
-    size: int | None = None
+    url: str  #: absolute path or fsspec address of the file or tar shard
+    start: int | None = None  #: offset of the member in its shard
+    size: int | None = None  #: size of the member in its shard, in bytes
 
 
 #: Client errors of HTTP for which a retry may succeed: timeout, too early, too many requests.
@@ -86,10 +74,7 @@ class Dataset(Sequence[Item]):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the ids in order; independent of the pixels."""
-        digest = hashlib.sha256()
-        for item in self.items:
-            digest.update(item.id.encode() + b"\0")
-        return digest.hexdigest()
+        return hashlib.sha256(b"".join(item.id.encode() + b"\0" for item in self.items)).hexdigest()
 
     def read(self, index: int) -> np.ndarray:
         """Read one image as (H, W, 3) uint8; see :func:`denoising_vit.data.photos.read_photo`.

@@ -48,12 +48,7 @@ def files_below(storage: Storage, folder: str) -> tuple[list[str], list[Skipped]
 
 
 def image_names(names: Iterable[str], place: str) -> list[str]:
-    """The names with image suffixes; the number of other files is logged.
-
-    Args:
-        names: paths or addresses of files.
-        place: their folder, for the log.
-    """
+    """Paths or addresses with image suffixes; the number of other files in ``place`` is logged."""
     names = list(names)
     images = [name for name in names if suffix_of(name) in IMAGE_SUFFIXES]
     if len(images) < len(names):
@@ -196,10 +191,8 @@ def find_photos(inputs: Sequence[str | Path]) -> tuple[list[Path], list[Skipped]
     for item in map(str, inputs):
         try:
             files, reason = _expand(item, skipped)
-        except OSError as error:  # the name is too long for the file system
-            files, reason = [], error.strerror or str(error)
-        except PhotoError as error:  # the folder is not readable
-            files, reason = [], str(error)
+        except (OSError, PhotoError) as error:  # the name is too long for the file system, the folder is not readable
+            files, reason = [], reason_of(error)
         for file in files:
             found.setdefault(file.resolve(), file)
         if not files:
@@ -213,9 +206,8 @@ def _expand(item: str, skipped: list[Skipped]) -> tuple[list[Path], str]:
     if not item.strip():
         return [], "an empty name"
     if path.is_dir():
-        return _images_below(
-            path, skipped
-        ), f"no image files in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        return _images_below(path, skipped), f"no image files in this folder (looked for {suffixes})"
     if path.exists():
         return [path], ""
     if not glob.has_magic(item):

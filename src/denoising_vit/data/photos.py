@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from denoising_vit.errors import DenoisingVitError, DenoisingVitWarning, PhotoError
@@ -48,8 +48,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ORIENTATION = 0x0112
-
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 #: PNG chunks needed to decode and rotate an image.
@@ -99,12 +97,7 @@ def read_photo(
 
 
 def read_photo_bytes(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Like :func:`read_photo`, from the contents of a file.
-
-    Args:
-        content: the whole file.
-        name: name for error messages.
-        max_pixels: maximum size of a photo to decode.
+    """Like :func:`read_photo`, from the contents of a file; ``name`` is for error messages.
 
     Raises:
         PhotoError: if the contents are empty, damaged, too large, or not an image.
@@ -197,11 +190,7 @@ def shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def refuse_larger(image: Image.Image, name: str, max_pixels: int) -> None:
-    """Raise PhotoError for an opened image that declares too many pixels.
-
-    Raises:
-        PhotoError: naming its size, the limit, and what to do.
-    """
+    """Raise PhotoError for an opened image that declares too many pixels."""
     width, height = image.size
     if width * height > max_pixels:
         raise PhotoError(
@@ -271,7 +260,7 @@ def _declared_largest(image: Image.Image) -> int | None:
 def _upright(image: Image.Image) -> Image.Image:
     """Rotate an image by its EXIF orientation; broken EXIF is ignored."""
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # parsers raise many kinds of errors for broken metadata
         turn = None
     return image if turn is None else image.transpose(turn)

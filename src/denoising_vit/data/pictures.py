@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from denoising_vit.data.photos import MAX_PIXELS, explained, open_image, photo_digest, read_photo, refuse_larger
 from denoising_vit.errors import PhotoError
@@ -18,8 +18,6 @@ _AT_ONCE = 1 << 24
 
 #: Maximum side in pixels of a drawn picture, unless it is already in memory.
 _DRAWN = 2048
-
-_ORIENTATION = 0x0112
 
 #: Axes and colours of TIFF files that can be read region by region.
 _READ = {("YX", "MINISBLACK"), ("YXS", "RGB"), ("YXS", "YCBCR")}
@@ -52,7 +50,7 @@ class TiffPicture:
             at = max(fitting, default=0)
             level = series.levels[at]
             self._pixels: Any = zarr.open_array(series.aszarr(level=at), mode="r")
-            orientation = page.tags.get(_ORIENTATION)
+            orientation = page.tags.get(ExifTags.Base.Orientation)
         turned = orientation is not None and orientation.value != 1
         known = (level.axes, page.photometric.name) in _READ and level.dtype in (np.uint8, np.uint16)
         if turned or not known:

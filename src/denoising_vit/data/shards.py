@@ -34,15 +34,10 @@ def is_shard(address: str) -> bool:
 
 
 def index_shards(storage: Storage, shards: Sequence[tuple[str, str]]) -> tuple[list[Item], list[Skipped]]:
-    """The images in tar shards, each with its byte range.
+    """The images in tar shards, each with its byte range, sorted by id; and unusable entries.
 
-    Args:
-        storage: access to the shards.
-        shards: name and address of each shard; the name is the prefix of its members' ids.
-
-    Returns:
-        Members sorted by id, and unusable entries. For a truncated or damaged shard, members before the damage are
-        used.
+    Shards are given by name, which is the prefix of their members' ids, and address. In a truncated or damaged shard,
+    members before the damage are used.
     """
     items: list[Item] = []
     skipped: list[Skipped] = []
@@ -65,8 +60,7 @@ def _index_shard(storage: Storage, name: str, address: str) -> tuple[list[Item],
             length = _length(file, address)
             start = file.read(8)
             file.seek(0)
-            kinds = [kind for magic, kind in _MAGIC.items() if start.startswith(magic)]
-            if kinds:
+            if kinds := [kind for magic, kind in _MAGIC.items() if start.startswith(magic)]:
                 return [], [Skipped(name, _compressed(kinds[0]))], []
             if not length:
                 return [], [Skipped(name, "the file is empty (0 bytes)")], []
@@ -135,8 +129,7 @@ def _images(members: list[tarfile.TarInfo], shard: str, address: str) -> tuple[l
         if posixpath.splitext(member.name)[1].lower() not in IMAGE_SUFFIXES or member.isdir():
             continue
         name = posixpath.normpath(member.name)
-        reason = _unusable(member)
-        if reason:
+        if reason := _unusable(member):
             skipped.append(Skipped(f"{shard}/{member.name}", reason))
         elif not is_hidden(name):  # such as ._a.jpg of macOS
             items.append(Item(f"{shard}/{name}", address, member.offset_data, member.size))

@@ -184,10 +184,8 @@ def _well_named(items: Sequence[Item]) -> tuple[list[Item], list[Skipped]]:
         except UnicodeEncodeError:
             skipped.append(Skipped(ascii(item.id), "the name is not UTF-8; rename the file"))
             continue
-        if item.id in kept:
+        if kept.setdefault(item.id, item) is not item:
             skipped.append(Skipped(item.id, "duplicate name; the first item is used"))
-        else:
-            kept[item.id] = item
     return list(kept.values()), skipped
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,9 @@ _UNKNOWN = "not stated by the weights"
 def description(
     extractor: Extractor, options: ExportOptions, weights: Path | None, *, distilled: bool = False
 ) -> dict[str, Any]:
-    """Backbone, cleaner, digests, licences and versions as JSON values.
-
-    Args:
-        extractor: the exported extractor.
-        options: options of the export.
-        weights: file of the backbone's weights, if any.
-        distilled: the user's statement, if the file does not record it.
-    """
+    """Backbone, cleaner, digests, licences and versions as JSON values; arguments as for `export_extractor`."""
     clean = extractor if isinstance(extractor, DenoisedViT) else None
-    backbone = extractor.backbone if isinstance(extractor, DenoisedViT) else extractor
+    backbone = extractor if isinstance(extractor, Backbone) else extractor.backbone
     record = _distilled_record(weights)
     if record is None and distilled:
         record = {"stated": "by the user who exported it; the file has no record"}
@@ -107,10 +101,8 @@ def _known_licence(backbone: Backbone, distilled: dict[str, Any] | None) -> str:
 def _versions() -> dict[str, str]:
     found = {}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

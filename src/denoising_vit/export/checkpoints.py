@@ -1,6 +1,7 @@
-"""Directories of plain weights: for timm (``local-dir:PATH``), and DINOv2 for transformers.
+"""Checkpoints: plain weights for timm (``local-dir:PATH``), DINOv2 for transformers, and extractor files.
 
-The latter uses the tensor names of the published checkpoints, which every version of transformers reads.
+The second kind uses the tensor names of the published checkpoints, which every version of transformers reads. An
+extractor file has a backbone with its denoiser, projection or G in one safetensors file, for this package.
 """
 
 from __future__ import annotations
@@ -8,17 +9,24 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers.mlp import GluMlp, Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.timm_vit import TimmBackbone
-from denoising_vit.errors import ExportError
-from denoising_vit.files import write_tensors
+from denoising_vit.backbones.catalog import Dtype
+from denoising_vit.backbones.runtime import device_at, dtype_on
+from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
+from denoising_vit.backbones.weights import load_weights, require_finite
+from denoising_vit.denoiser import Denoiser
+from denoising_vit.denoiser.denoised_vit import DenoisedViT
+from denoising_vit.errors import DenoisingVitError, ExportError, FormatError
+from denoising_vit.files import KEY, below, open_own, write_tensors
+from denoising_vit.training_free.project import Subspace
 
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 
@@ -26,6 +34,12 @@ WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_c
 _KEPT = ("interpolation", "crop_pct", "crop_mode", "input_size", "fixed_input_size", "first_conv", "classifier")
 
 _BICUBIC = 3  # Pillow's constant
+
+#: ``format`` and version in the record of an extractor file.
+FORMAT, FORMAT_VERSION = "denoising-vit/extractor", 1
+
+#: Names of an extractor file's tensors, or prefixes of them.
+_BACKBONE, _DENOISER, _ARTIFACT, _SUBSPACE = "backbone.", "denoiser.", "artifact", "subspace"
 
 
 def float_state(module: nn.Module) -> dict[str, Tensor]:
@@ -108,26 +122,12 @@ def write_huggingface(backbone: Backbone, folder: Path, metadata: dict[str, str]
     _write_json(processor, folder / PROCESSOR)
 
 
-def own_side(backbone: Backbone) -> int:
-    """Side in pixels of images on the grid of the position embedding, where nothing is resampled.
-
-    At other sizes, features differ: transformers resamples DINOv2's position embedding without antialiasing, timm with
-    it.
-    """
-    model: Any = plain_timm(backbone, "huggingface").model
-    return int(model.patch_embed.grid_size[0]) * backbone.patch_size
-
-
 def _write_json(values: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _dinov2_config(model: Any, name: str) -> dict[str, Any]:
-    """``config.json`` of a timm DINOv2.
-
-    Raises:
-        ExportError: if the model's architecture differs.
-    """
+    """``config.json`` of a timm DINOv2; ExportError if the model's architecture differs."""
     if differs := _not_dinov2(model):
         raise ExportError(
             f"huggingface supports DINOv2, with or without registers; {name} {differs}. Use timm, onnx or program"
@@ -205,10 +205,9 @@ def _not_dinov2(model: Any) -> str | None:
     h, w = model.patch_embed.grid_size or (0, 1)
     swiglu = isinstance(block.mlp, GluMlp)
     hidden = block.mlp.fc2.in_features
-    # transformers derives the hidden width of a gated layer from that of a plain one.
-    expected = (
-        (int(model.embed_dim * 4 * 2 / 3) + 7) // 8 * 8 if swiglu else hidden // model.embed_dim * model.embed_dim
-    )
+    expected = hidden // model.embed_dim * model.embed_dim
+    if swiglu:  # transformers derives the hidden width of a gated layer from that of a plain one
+        expected = (int(model.embed_dim * 4 * 2 / 3) + 7) // 8 * 8
     wrong = {
         "has no class token": model.cls_token is None,
         "has no position embedding of a square grid": model.pos_embed is None or h != w,
@@ -222,3 +221,80 @@ def _not_dinov2(model: Any) -> str | None:
         "has layers of another width": not math.isclose(hidden, expected),
     }
     return next((difference for difference, applies in wrong.items() if applies), None)
+
+
+def write_extractor(extractor: DenoisedViT, folder: Path) -> None:
+    """Write a float32 file for :func:`load_extractor`.
+
+    Raises:
+        ExportError: if the backbone is not a timm model.
+    """
+    backbone = extractor.backbone
+    if not isinstance(backbone, TimmBackbone):
+        raise ExportError(f"safetensors supports models of timm, got {backbone.name}; use onnx or program")
+    tensors = {_BACKBONE + key: value for key, value in float_state(backbone.model).items()}
+    head: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, "positions": extractor.positions}
+    head["backbone"] = {key: getattr(backbone, key) for key in ("name", "stride", "layer", "norm")}
+    if extractor.denoiser is not None:
+        head["denoiser"] = extractor.denoiser.config
+        tensors |= {_DENOISER + key: value for key, value in float_state(extractor.denoiser).items()}
+    elif extractor.subspace is not None:
+        head["subspace"] = {"backbone": extractor.subspace.backbone, "info": extractor.subspace.info}
+        tensors[_SUBSPACE] = extractor.subspace.directions.detach().float().cpu().contiguous()
+    elif extractor.artifact is not None:
+        artifact = extractor.artifact
+        # Without the names of photos, because the file may be shared.
+        info = {key: value for key, value in artifact.info.items() if key not in ("photos", "skipped")}
+        head["artifact"] = {"size": artifact.size, "backbone": artifact.backbone, "info": info}
+        tensors[_ARTIFACT] = artifact.values.detach().float().cpu().contiguous()
+    write_tensors(tensors, folder / WEIGHTS, {KEY: json.dumps(head)})
+
+
+def load_extractor(
+    path: str | Path, *, device: str | torch.device = "auto", dtype: Dtype | torch.dtype = "auto"
+) -> DenoisedViT:
+    """Read a file of ``dvit export --format safetensors``.
+
+    Args:
+        path: its directory, or the file.
+        device: ``auto`` is CUDA, then MPS, then the CPU.
+        dtype: ``auto`` is bfloat16 if the hardware is fast at it, else float32.
+
+    Raises:
+        FormatError: if the file is missing, damaged, of another type, or from a newer version.
+    """
+    path = Path(path).expanduser()
+    path = path / WEIGHTS if path.is_dir() else path
+    with open_own(path, FORMAT, FORMAT_VERSION, "an extractor", ("backbone", "positions")) as (head, file):
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no dict
+    try:
+        return _built(head, tensors, str(path), device, dtype)
+    except DenoisingVitError as error:
+        raise FormatError(f"{path}: damaged extractor ({error})") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{path}: damaged extractor ({type(error).__name__}: {error})") from error
+
+
+def _built(
+    head: dict[str, Any], tensors: dict[str, Any], source: str, device: str | torch.device, dtype: Any
+) -> DenoisedViT:
+    about = head["backbone"]
+    name = str(about["name"])
+    model = build_timm_model(name, pretrained=False)
+    load_weights(model, below(_BACKBONE, tensors), name=name, source=source)
+    require_finite(model, source)
+    options = {key: about[key] for key in ("stride", "layer", "norm")}
+    backbone = TimmBackbone(model, name=name, weights=Path(source).name, **options)
+    if "denoiser" in head:
+        cleaner: Denoiser | Artifact | Subspace = Denoiser(**head["denoiser"])
+        cleaner.load_state_dict(below(_DENOISER, tensors))
+        cleaner.eval().requires_grad_(False)
+    elif "subspace" in head:
+        cleaner = Subspace(tensors[_SUBSPACE], head["subspace"]["backbone"], head["subspace"]["info"])
+    else:
+        record = head["artifact"]
+        size = cast("tuple[int, int]", tuple(record["size"]))
+        cleaner = Artifact(tensors[_ARTIFACT].float(), size, record["backbone"], record["info"])
+    made = DenoisedViT(backbone, cleaner, positions=float(head["positions"]))  # checks that they match
+    place = device_at(device)
+    return made.to(device=place, dtype=dtype_on(dtype, place))

@@ -11,13 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import ExportError
 from denoising_vit.export.card import card, description
-from denoising_vit.export.checkpoints import WEIGHTS, own_side, write_huggingface, write_timm
-from denoising_vit.export.extractor_file import write_extractor
+from denoising_vit.export.checkpoints import WEIGHTS, write_extractor, write_huggingface, write_timm
 from denoising_vit.export.graphs import quantise, trace, write_onnx, write_program
 from denoising_vit.export.options import CHECKPOINTS, ExportOptions
 from denoising_vit.export.traceable import Extractor, TraceableExtractor
@@ -39,6 +36,7 @@ from denoising_vit.export.verification import (
 )
 from denoising_vit.files import (
     DISTILLED,
+    KEY,
     clipped,
     current_umask,
     file_digest,
@@ -95,7 +93,7 @@ def export_extractor(
     with _appearing(Path(out).expanduser()) as folder:
         _write_model(extractor, module, folder, options, meta)
         sizes = _sizes(module, options.format)
-        reference = record(_in_pytorch(module), sizes, pixels=options.pixels)
+        reference = record(module.reference(), sizes, pixels=options.pixels)
         run = runner(folder, options.format, int8=options.int8)
         found = compare(reference, record(run, sizes, pixels=options.pixels))
         allowed = TOLERANCES[options.format]
@@ -146,7 +144,7 @@ def _write_model(
     elif options.format == "program":
         write_program(trace(module), folder / PROGRAM)
     else:
-        about = {"denoising_vit": json.dumps({key: meta[key] for key in ("features", "backbone", "licence")})}
+        about = {KEY: json.dumps({key: meta[key] for key in ("features", "backbone", "licence")})}
         write_onnx(trace(module), module, folder / ONNX, about)
         if options.int8:
             quantise(folder / ONNX, folder / INT8)
@@ -156,27 +154,16 @@ def _write_model(
 
 def _carried(meta: dict[str, Any]) -> dict[str, str]:
     """Metadata of a checkpoint: the record of distillation."""
-    return {} if meta["distilled"] is None else {"denoising_vit": json.dumps({"format": DISTILLED} | meta["distilled"])}
-
-
-def _in_pytorch(module: TraceableExtractor) -> Run:
-    """Run the extractor itself in float32, not the traced module."""
-    pure = module.reference()
-
-    def run(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with torch.no_grad():
-            features, prefix = pure(image)
-        return features, prefix if module.prefix else None
-
-    return run
+    return {} if meta["distilled"] is None else {KEY: json.dumps({"format": DISTILLED} | meta["distilled"])}
 
 
 def _sizes(module: TraceableExtractor, form: str) -> Sizes:
     """Batch size, height and width of the compared images."""
     backbone = module.backbone
     patch, stride = backbone.patch_size, backbone.stride
-    if form == "huggingface":
-        side = own_side(backbone)
+    if form == "huggingface":  # the grid of the position embedding, because transformers resamples without antialiasing
+        model: Any = backbone.model
+        side = int(model.patch_embed.grid_size[0]) * patch
         return [[1, side, side]]
     return [[batch, patch + (h - 1) * stride, patch + (w - 1) * stride] for batch, h, w in CHECKED]
 
@@ -184,7 +171,7 @@ def _sizes(module: TraceableExtractor, form: str) -> Sizes:
 def _elsewhere(module: TraceableExtractor, run: Run) -> dict[str, Any]:
     """Difference of transformers from timm at sizes where position embeddings are resampled."""
     sizes = _sizes(module, "timm")
-    away = compare(record(_in_pytorch(module), sizes, pixels=False), record(run, sizes, pixels=False))
+    away = compare(record(module.reference(), sizes, pixels=False), record(run, sizes, pixels=False))
     return {} if away is None else {"elsewhere": dataclasses.asdict(away) | {"sizes": sizes}}
 
 

@@ -15,7 +15,8 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from denoising_vit.errors import ExportError
-from denoising_vit.export.traceable import TraceableExtractor
+from denoising_vit.export.traceable import TraceableExtractor, timm_resamples_in_graph
+from denoising_vit.files import first_line
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
@@ -39,12 +40,12 @@ def trace(module: TraceableExtractor) -> ExportedProgram:
     patch, stride = backbone.patch_size, backbone.stride
     # An example with different sides, and no size that the model may handle specially.
     example = torch.zeros(2, 3, patch + 6 * stride, patch + 4 * stride)
-    sides = [stride * Dim(name, min=1, max=_MOST_PATCHES) + (patch - stride) for name in ("h", "w")]
-    if patch == stride:
-        sides = [stride * Dim(name, min=1, max=_MOST_PATCHES) for name in ("h", "w")]
+    sides = [stride * Dim(name, min=1, max=_MOST_PATCHES) for name in ("h", "w")]
+    if patch != stride:
+        sides = [side + (patch - stride) for side in sides]
     shapes = {INPUT: {0: Dim("batch", min=1), 2: sides[0], 3: sides[1]}}
     try:
-        with torch.no_grad(), module.tracing():
+        with torch.no_grad(), timm_resamples_in_graph():
             program = torch.export.export(module, (example,), dynamic_shapes=shapes)
     except Exception as error:  # the tracer raises many types
         raise ExportError(
@@ -96,14 +97,7 @@ def _is_pickled(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:
 
 
 def write_onnx(program: ExportedProgram, module: TraceableExtractor, path: Path, about: dict[str, str]) -> None:
-    """Write an ONNX file with named axes that rejects sizes off the patch grid at run time.
-
-    Args:
-        program: the traced module.
-        module: the module it was traced from.
-        path: the file.
-        about: metadata of the file.
-    """
+    """Write an ONNX file with named axes and metadata ``about``, which rejects sizes off the patch grid at run time."""
     import onnx
 
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
@@ -133,12 +127,6 @@ def quantise(source: Path, target: Path) -> None:
             per_channel=True,
             op_types_to_quantize=["MatMul", "Gemm"],  # a convolution in int8 is slower than in float32 on CPUs
         )
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no reason given"
 
 
 def _require_grid(graph: GraphProto, patch: int, stride: int) -> None:

@@ -35,12 +35,8 @@ _PATCHING = threading.Lock()
 class TraceableExtractor(nn.Module):
     """The computation of an exported graph: (B, 3, H, W) to features (B, h, w, C), and optionally prefix tokens.
 
-    It uses a float32 copy of the extractor on the CPU.
-
-    Args:
-        extractor: a backbone or :class:`~denoising_vit.DenoisedViT`.
-        pixels: take images in [0, 1] and normalise them in the graph.
-        prefix: also output prefix tokens (B, P, C).
+    It uses a float32 copy of the extractor on the CPU. With ``pixels``, it takes images in [0, 1] and normalises them;
+    with ``prefix``, it also outputs prefix tokens (B, P, C).
     """
 
     def __init__(self, extractor: Extractor, *, pixels: bool = False, prefix: bool = False) -> None:
@@ -84,14 +80,16 @@ class TraceableExtractor(nn.Module):
     def _normalised(self, image: Tensor) -> Tensor:
         return image if self.mean is None or self.std is None else (image - self.mean) / self.std
 
-    def reference(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """The float32 extractor itself on the CPU, with the same input."""
+    def reference(self) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+        """The float32 extractor itself on the CPU, with the same input and outputs."""
         plain = _float_copy(self._original[0])
-        return lambda image: plain.forward_with_prefix(self._normalised(image))
 
-    def tracing(self) -> contextlib.AbstractContextManager[None]:
-        """Context manager for running or tracing the module."""
-        return timm_resamples_in_graph()
+        @torch.no_grad()
+        def run(image: Tensor) -> tuple[Tensor, Tensor | None]:
+            features, prefix = plain.forward_with_prefix(self._normalised(image))
+            return features, prefix if self.prefix else None
+
+        return run
 
 
 def _float_copy(extractor: Extractor) -> Extractor:

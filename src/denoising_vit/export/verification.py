@@ -15,9 +15,9 @@ from torch.nn.functional import cosine_similarity
 
 from denoising_vit.backbones.recorded import synthetic_image
 from denoising_vit.errors import ExportError
-from denoising_vit.export.extractor_file import load_extractor
-from denoising_vit.export.graphs import INPUT, first_line, refuse_pickles
-from denoising_vit.files import file_digest, needed, parse_json
+from denoising_vit.export.checkpoints import load_extractor
+from denoising_vit.export.graphs import INPUT, refuse_pickles
+from denoising_vit.files import file_digest, first_line, needed, parse_json
 
 #: Features (B, h, w, C), and prefix tokens (B, P, C) if exported, of images (B, 3, H, W).
 Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]

@@ -32,29 +32,17 @@ _TIMED = 2
 
 @dataclass(frozen=True)
 class Estimate:
-    """Remaining work of a job.
+    """Remaining work of a job."""
 
-    Attributes:
-        photos: number of photos in the data set.
-        done: number of photos in the store.
-        failed: number of photos that could not be used.
-        left: number of remaining photos.
-        passes: forward passes for the remaining photos.
-        seconds: time for these passes on one device, from a short measurement.
-        image_bytes: bytes per photo in the store.
-        bytes_needed: bytes for the remaining photos, with room for the shards being written.
-        bytes_free: free bytes at the store; None if unknown (an object store).
-    """
-
-    photos: int
-    done: int
-    failed: int
-    left: int
-    passes: int
-    seconds: float
-    image_bytes: int
-    bytes_needed: int
-    bytes_free: int | None
+    photos: int  #: number of photos in the data set
+    done: int  #: number of photos in the store
+    failed: int  #: number of photos that could not be used
+    left: int  #: number of remaining photos
+    passes: int  #: forward passes for the remaining photos
+    seconds: float  #: time for these passes with all devices or workers, from a short measurement
+    image_bytes: int  #: bytes per photo in the store
+    bytes_needed: int  #: bytes for the remaining photos, with room for the shards being written
+    bytes_free: int | None  #: free bytes at the store; None if unknown (an object store)
 
     @property
     def lacks_room(self) -> bool:
@@ -86,20 +74,12 @@ class Estimate:
 
 @dataclass
 class FitJob:
-    """Stage 1 of a data set into a store; created by :meth:`prepare`, run by :meth:`run`.
-
-    Attributes:
-        dataset: the photos.
-        store: the store, open for writing.
-        stages: the exact solver, one per device.
-        spec: the backbone, as other processes load it.
-        options: options of the job.
-    """
+    """Stage 1 of a data set into a store; created by :meth:`prepare`, run by :meth:`run`."""
 
     dataset: Dataset
-    store: FeatureStore
-    stages: Sequence[StageOne]
-    spec: BackboneSpec
+    store: FeatureStore  #: open for writing
+    stages: Sequence[StageOne]  #: the exact solver, one per device
+    spec: BackboneSpec  #: the backbone, as other processes load it
     options: FitOptions
 
     @classmethod
@@ -147,9 +127,9 @@ class FitJob:
                     "dtype that both support (--dtype), or one device"
                 )
         if not FeatureStore.exists(store):
-            args = stages, manifest, options, str(store), len(dataset), 0, 0
-            if _estimate(*args, seconds_a_pass=0).lacks_room:  # time is measured only for the error message
-                _estimate(*args, seconds_per_pass(stages[0])).require_room()
+            args = stages, manifest, options, str(store), len(dataset)
+            if _estimate(*args).lacks_room:  # time is measured only for the error message
+                _estimate(*args, seconds_a_pass=seconds_per_pass(stages[0])).require_room()
         opened = FeatureStore.create_or_open(store, manifest, [item.id for item in dataset])
         if options.retry_failed:
             opened.retry_failed()
@@ -159,8 +139,8 @@ class FitJob:
         """Estimate the remaining work, with a short measurement."""
         done, failed = len(self.store.done()), len(self.store.failed())
         seconds = seconds_per_pass(self.stages[0]) if done + failed < len(self.store) else 0.0
-        args = self.stages, self.store.manifest, self.options, self.store.url
-        return _estimate(*args, len(self.store), done, failed, seconds)
+        args = self.stages, self.store.manifest, self.options, self.store.url, len(self.store)
+        return _estimate(*args, done=done, failed=failed, seconds_a_pass=seconds)
 
     def run(self, on_photo: OnPhoto = lambda _index, _reason: None) -> None:
         """Fit all remaining photos. Unreachable photos are not recorded as failed; a later run retries them.
@@ -184,8 +164,7 @@ class FitJob:
 
         lost: set[int] = set()
         for _ in range(_ROUNDS):
-            shards = self.store.unfinished()
-            if shards:
+            if shards := self.store.unfinished():
                 self._run(shards, note)
             lost = set(range(len(self.store))) - self.store.done() - set(self.store.failed()) - reasons.keys()
             if not lost:
@@ -231,9 +210,10 @@ def _estimate(
     options: FitOptions,
     url: str,
     photos: int,
-    done: int,
-    failed: int,
-    seconds_a_pass: float,
+    *,
+    done: int = 0,
+    failed: int = 0,
+    seconds_a_pass: float = 0,
 ) -> Estimate:
     left = photos - done - failed
     # While a shard is sealed, its photos exist twice; each writer has one open shard.
@@ -276,7 +256,7 @@ def _free_bytes(url: str) -> int | None:
 
 
 def _size(count: int) -> str:
-    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.0f} {units[0]}" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

@@ -61,30 +61,18 @@ def manifest_of(stage: StageOne, options: FitOptions) -> Manifest:
 
 @dataclass
 class LocalRun:
-    """A run over unfinished shards of a store, with one thread for each stage.
-
-    Attributes:
-        dataset: the photos.
-        store: the store to write to.
-        decoders: number of threads per stage that read and decode.
-        strict: stop at the first unusable photo, without recording it as failed.
-        on_photo: called once per photo, by one thread at a time.
-    """
+    """A run over unfinished shards of a store, with one thread for each stage."""
 
     dataset: Dataset
     store: FeatureStore
-    decoders: int = 2
-    strict: bool = False
-    on_photo: OnPhoto = lambda _index, _reason: None
+    decoders: int = 2  #: number of threads per stage that read and decode
+    strict: bool = False  #: stop at the first unusable photo, without recording it as failed
+    on_photo: OnPhoto = lambda _index, _reason: None  #: called once per photo, by one thread at a time
     _stopped: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fit(self, stages: Sequence[StageOne], shards: Iterable[int]) -> None:
-        """Fit the remaining photos of shards.
-
-        Args:
-            stages: the solver on each device.
-            shards: numbers of the shards.
+        """Fit the remaining photos of shards, with the solver on each device.
 
         Raises:
             PhotoError: if strict, and a photo is unusable.
@@ -145,21 +133,14 @@ class LocalRun:
 
 @dataclass
 class _OpenShard:
-    """A shard being written.
-
-    Attributes:
-        writer: its writer.
-        leases: context that closes the writer.
-        left: photos that are not written yet.
-        unreported: photos not reported yet (in memory, or failed): index, and the reason of a failure.
-        since: time of the first of these photos.
-    """
+    """A shard being written."""
 
     writer: ShardWriter
-    leases: contextlib.ExitStack
-    left: int
+    leases: contextlib.ExitStack  #: closes the writer
+    left: int  #: number of photos that are not written yet
+    #: Photos not reported yet (in memory, or failed): index, and the reason of a failure.
     unreported: list[tuple[int, str | None]] = field(default_factory=list)
-    since: float = 0.0
+    since: float = 0.0  #: time of the first of these photos
 
 
 class _Writers:
@@ -199,11 +180,7 @@ class _Writers:
             yield from todo
 
     def write(self, group: Sequence[Ready | Done | Failed]) -> None:
-        """Store photos, after solving them if necessary, or record why they failed.
-
-        Raises:
-            PhotoError: if strict, and a photo is unusable.
-        """
+        """Store photos, after solving them if necessary, or record why they failed; see :meth:`LocalRun.fit`."""
         for result in _solved(group):
             self._write(result)
         for opened in list(self._open.values()):

@@ -58,13 +58,11 @@ class FitOptions:
             value, expected = getattr(self, name), get_args(choices)
             if value not in expected:
                 raise PlanError(f"{name} must be {' or '.join(map(repr, expected))}, got {value!r}")
-        for name in ("workers", "images_per_shard", "decoders"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("worker_cpus", "worker_gpus"):
+        least = {"workers": 1, "images_per_shard": 1, "decoders": 1, "worker_cpus": 0, "worker_gpus": 0}
+        for name, number in least.items():
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise PlanError(f"{name} must be at least 0, got {value}")
+            if value is not None and not value >= number:  # also rejects NaN
+                raise PlanError(f"{name} must be at least {number}, got {value}")
         alone = [name for name in ("ray_address", "worker_cpus", "worker_gpus") if getattr(self, name) is not None]
         if self.engine == "local" and (alone or self.workers != 1):
             raise PlanError(f"{', '.join(alone) or 'workers'} applies to engine 'ray' only; local has one process")

@@ -14,11 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from denoising_vit import errors
 from denoising_vit.backbones import BackboneSpec
+from denoising_vit.backbones.passes import compiled
+from denoising_vit.data import open_dataset
 from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.stage_one import StageOne
 from denoising_vit.errors import DenoisingVitError, FitError
 from denoising_vit.files import extra_hint
 from denoising_vit.fit.local import LocalRun, OnPhoto, manifest_of
@@ -34,27 +38,16 @@ _ANSWER = 5
 
 @dataclass(frozen=True)
 class RayJob:
-    """Settings for all workers.
+    """Settings for all workers."""
 
-    Attributes:
-        spec: the backbone, with its dtype resolved by the driver.
-        source: absolute path or URL of the data set.
-        store: path or URL of the store.
-        denoising: options of stage 1.
-        options: options of the job.
-        artifact: G (h, w, C) if known.
-        threads: number of torch threads per worker; None for torch's default.
-        on_gpu: True if the driver's backbone runs on CUDA.
-    """
-
-    spec: BackboneSpec
-    source: str
-    store: str
-    denoising: DenoiseOptions
-    options: FitOptions
-    artifact: Tensor | None = None
-    threads: int | None = None
-    on_gpu: bool = False
+    spec: BackboneSpec  #: the backbone, with its dtype resolved by the driver
+    source: str  #: absolute path or URL of the data set
+    store: str  #: path or URL of the store
+    denoising: DenoiseOptions  #: options of stage 1
+    options: FitOptions  #: options of the job
+    artifact: Tensor | None = None  #: G (h, w, C) if known
+    threads: int | None = None  #: number of torch threads per worker; None for torch's default
+    on_gpu: bool = False  #: True if the driver's backbone runs on CUDA
 
 
 class ShardFitter:
@@ -72,12 +65,6 @@ class ShardFitter:
             self._error = error
 
     def _load(self, job: RayJob) -> None:
-        import torch
-
-        from denoising_vit.backbones.passes import compiled
-        from denoising_vit.data import open_dataset
-        from denoising_vit.decomposition.stage_one import StageOne
-
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         backbone = compiled(job.spec.load()) if job.options.compiled else job.spec.load()
@@ -89,20 +76,16 @@ class ShardFitter:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fit the shard of a row; returns the reasons for skipped photos, or the error, as JSON."""
-        reasons: dict[int, str] = {}
-
-        def note(index: int, reason: str | None) -> None:
-            if reason is not None:
-                reasons[index] = reason
-
-        shard = int(row["shard"])
+        shard, options = int(row["shard"]), self._options
+        outcomes: dict[int, str | None] = {}
         try:
             if self._error is not None:
                 raise self._error
-            options = self._options
-            LocalRun(self._dataset, self._store, options.decoders, options.strict, note).fit([self._stage], [shard])
+            run = LocalRun(self._dataset, self._store, options.decoders, options.strict, outcomes.__setitem__)
+            run.fit([self._stage], [shard])
         except DenoisingVitError as error:
             return {"shard": shard, "reasons": "{}", "error": json.dumps([type(error).__name__, str(error)])}
+        reasons = {index: reason for index, reason in outcomes.items() if reason is not None}
         return {"shard": shard, "reasons": json.dumps(reasons), "error": ""}
 
 
@@ -120,13 +103,7 @@ def _fitter_of(job: RayJob) -> type[ShardFitter]:
 
 
 def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_photo: OnPhoto) -> None:
-    """Fit shards with the number of workers in the options.
-
-    Args:
-        job: settings for the workers.
-        store: the store, opened by the caller.
-        shards: shards to fit.
-        on_photo: called for each photo of a finished shard, with None or the reason for skipping it.
+    """Fit shards with the number of workers in the options; ``on_photo`` is called once a photo's shard is finished.
 
     Raises:
         FitError: if Ray is not installed, no cluster responds, the cluster is too small for a worker, or a worker
@@ -186,7 +163,7 @@ def _connect(ray: Any, address: str | None) -> None:
 
 
 def _quiet(ray: Any) -> None:
-    """Disable Ray's progress bars and messages, and its timeout for rows, because a shard may take half an hour."""
+    """Disable Ray's messages and progress bars, and its timeout for rows, because a shard may take half an hour."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

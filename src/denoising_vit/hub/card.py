@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,12 @@ CARD_MARK = Mark("model-card", digest_of(CARD))
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file that can be shared.
+    """A kind of file that can be shared."""
 
-    Attributes:
-        file: name of the file in a folder or repository.
-        name: heading of its section.
-        about: description of the file.
-        use: Python line that creates an extractor from a ``backbone`` and the file; PATH is the folder or hub id.
-    """
-
-    file: str
-    name: str
-    about: str
-    use: str
+    file: str  #: name of the file in a folder or repository
+    name: str  #: heading of its section in the card
+    about: str  #: description of the file
+    use: str  #: Python line that creates an extractor from a ``backbone`` and the file; PATH is the folder or hub id
 
 
 #: Kinds of files by the ``format`` in their record, in the order of the card.
@@ -84,17 +77,13 @@ _LICENCE = (
 
 
 def write_card(folder: Path, figures: Mapping[str, Any] | None = None) -> None:
-    """Write the card of the shareable files in a folder.
-
-    Args:
-        folder: the folder.
-        figures: measured values to state, by description.
+    """Write the card of the shareable files in a folder, with measured values ``figures`` by description.
 
     Raises:
         OutputError: if the folder has a README that is not a card of this package.
         OSError: if it cannot be written.
     """
-    text = card(((KINDS[name], record_of(folder / KINDS[name].file)) for name in kinds_in(folder)), figures or {})
+    text = card([(KINDS[name], record_of(folder / KINDS[name].file)) for name in kinds_in(folder)], figures or {})
     with owned_path(folder / CARD, CARD_MARK) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -113,14 +102,8 @@ def record_of(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def card(pieces: Iterable[tuple[Kind, dict[str, Any]]], figures: Mapping[str, Any]) -> str:
-    """The card in Markdown, with metadata for hubs.
-
-    Args:
-        pieces: kind and record of each file.
-        figures: values to state, by description.
-    """
-    pieces = list(pieces)
+def card(pieces: Sequence[tuple[Kind, dict[str, Any]]], figures: Mapping[str, Any]) -> str:
+    """The card in Markdown with metadata for hubs, from kind and record of each file, and figures by description."""
     names = dict.fromkeys(str(_backbone(record).get("name", "a ViT")) for _, record in pieces)
     parts = [front_matter("denoising-vit"), f"# Clean features of {', '.join(names)}", _ABOUT]
     for kind, record in pieces:

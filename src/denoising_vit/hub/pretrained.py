@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 
 from denoising_vit.backbones.runtime import offline_if_unreachable
 from denoising_vit.errors import DenoisingVitError, FormatError, HubError, OutputError
-from denoising_vit.files import Mark, require_ours
+from denoising_vit.files import Mark, first_line, require_ours
 from denoising_vit.hub.card import CARD, CARD_MARK, KINDS, kinds_in, record_of, write_card
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -159,5 +159,4 @@ def _hub(failed: str) -> Iterator[None]:
     except DenoisingVitError:
         raise
     except Exception as error:  # network, missing file, no permission, damaged cache, ...
-        reason = str(error).strip().splitlines()
-        raise HubError(f"{failed} ({type(error).__name__}: {reason[0] if reason else 'no reason given'})") from error
+        raise HubError(f"{failed} ({type(error).__name__}: {first_line(error)})") from error

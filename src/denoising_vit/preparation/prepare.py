@@ -80,7 +80,7 @@ def prepare(
     failed: dict[str, str] = {}
     for model, folder in folders.items():
         try:
-            prepare_one(model, dataset, folder, options, push=push, watch=watch, say=say)
+            _prepare_one(model, dataset, folder, options, push, watch, say)
         except Exception as error:  # for example, the model does not fit into memory; others may
             failed[model] = _reason(error)
     return failed
@@ -91,22 +91,10 @@ def folder_name(model: str) -> str:
     return re.sub(r"[^\w.-]+", "-", model, flags=re.ASCII).strip("-.")
 
 
-def prepare_one(
-    model: str,
-    dataset: Dataset,
-    folder: Path,
-    options: PrepareOptions,
-    *,
-    push: str | None = None,
-    watch: Progress = no_progress,
-    say: Say = lambda _text: None,
+def _prepare_one(
+    model: str, dataset: Dataset, folder: Path, options: PrepareOptions, push: str | None, watch: Progress, say: Say
 ) -> None:
-    """Prepare one backbone in its folder, from the first unfinished stage; arguments as for :func:`prepare`.
-
-    Raises:
-        OutputError: if the folder has other contents, or was prepared with other options.
-        Exception: any exception of a stage; the reason is recorded.
-    """
+    """Prepare one backbone in its folder, from the first unfinished stage; the reason of a failure is recorded."""
     record = _opened(folder, {"model": model, "photos": dataset.digest, "options": options.recorded()})
     done = record["stages"]
     with held(folder, "prepare"):
@@ -131,23 +119,14 @@ def prepare_one(
 
 @dataclass(frozen=True)
 class _Work:
-    """Inputs of the stages of one backbone.
-
-    Attributes:
-        backbone: the backbone.
-        dataset: all photos.
-        folder: output folder.
-        options: options of the preparation.
-        watch: reports progress.
-        done: findings of earlier stages.
-    """
+    """Inputs of the stages of one backbone."""
 
     backbone: Backbone
     dataset: Dataset
     folder: Path
     options: PrepareOptions
     watch: Progress
-    done: Mapping[str, Any]
+    done: Mapping[str, Any]  #: findings of earlier stages
 
     @property
     def chosen(self) -> list[int]:
@@ -234,11 +213,7 @@ _STAGES: dict[str, Callable[[_Work], dict[str, Any]]] = {
 
 
 def _opened(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The record of a folder, which is created if it does not exist.
-
-    Raises:
-        OutputError: if it has other contents, or was prepared with other options.
-    """
+    """The record of a folder, which is created if it does not exist; OutputError if it is of another preparation."""
     found = read_object(folder / RECORD) if (folder / RECORD).is_file() else None
     if found is None or found.get("format") != FORMAT:
         if not is_new(folder, RECORD):

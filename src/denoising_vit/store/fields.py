@@ -41,15 +41,10 @@ _NO_CHUNK = (2**64 - 1, 2**64 - 1)
 
 @dataclass(frozen=True, eq=False)
 class StoredField:
-    """A field in the store's precision.
+    """A field in the store's precision."""
 
-    Attributes:
-        values: (Ry, Rx, C) in the store's dtype.
-        scale: (C,) float32, factors for int8 values; None for floats.
-    """
-
-    values: np.ndarray
-    scale: np.ndarray | None = None
+    values: np.ndarray  #: (Ry, Rx, C) in the store's dtype
+    scale: np.ndarray | None = None  #: (C,) float32, factors for int8 values; None for floats
 
     @property
     def floats(self) -> np.ndarray:

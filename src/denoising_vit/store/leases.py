@@ -40,19 +40,12 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Process:
-    """A process, identified by more than its pid, because pids are reused.
+    """A process, identified by more than its pid, because pids are reused."""
 
-    Attributes:
-        host: host name, for messages.
-        machine: identifies machine, boot and container; None if unknown.
-        pid: process id.
-        started: start time in ticks since boot; None if unknown.
-    """
-
-    host: str
-    machine: str | None
+    host: str  #: host name, for messages
+    machine: str | None  #: identifies machine, boot and container; None if unknown
     pid: int
-    started: int | None
+    started: int | None  #: start time in ticks since boot; None if unknown
 
     @classmethod
     def current(cls) -> Process:
@@ -70,11 +63,10 @@ class Process:
         if self.machine is None or self.started is None or self.machine != _machine():
             return None
         try:
-            os.kill(self.pid, 0)
+            with contextlib.suppress(PermissionError):  # another user's process
+                os.kill(self.pid, 0)
         except ProcessLookupError:
             return False
-        except PermissionError:  # another user's process
-            pass
         status = _status(self.pid)
         if status is None:
             return None  # it has just ended, or is hidden
@@ -125,10 +117,8 @@ class _Entry:
 class Leases:
     """The leases of a store.
 
-    Args:
-        objects: objects of the store.
-        heartbeat: seconds between heartbeats of leases acquired here.
-        patience: seconds to watch another machine's lease; several of its heartbeats.
+    Leases acquired here have a heartbeat every ``heartbeat`` seconds. Another machine's lease is watched for
+    ``patience`` seconds, which are several of its heartbeats.
     """
 
     def __init__(self, objects: Objects, *, heartbeat: float = HEARTBEAT, patience: float = PATIENCE) -> None:
@@ -145,8 +135,7 @@ class Leases:
         while True:
             generation, data = self.highest(name)
             if data is None or self._is_free(name, generation, data):
-                lease = self._claim(name, generation + 1)
-                if lease is not None:
+                if lease := self._claim(name, generation + 1):
                     return lease
                 continue  # another contender was first
             time.sleep(min(self._heartbeat, self._patience) / 4)
@@ -269,12 +258,9 @@ class Lease:
         self.release()
 
     def _beat(self, seconds: float) -> None:
-        while not self._stop.wait(seconds):
+        while not self._lost and not self._stop.wait(seconds):
             with contextlib.suppress(Exception):  # the network may recover, the disk may get free space
-                try:
-                    self.check()
-                except StoreError:
-                    return
+                self.check()
                 self._entry = replace(self._entry, beat=self._entry.beat + 1)
                 self._objects.write(_key(self.name, self._generation), self._entry.encode(), durable=False)
 

@@ -113,20 +113,18 @@ class Manifest:
 
         Weights are compared by fingerprint, because the same weights may come from different sources.
         """
-        return list(self._differences(other))
-
-    def _differences(self, other: Manifest) -> Iterator[str]:
-        yield from _compare("backbone ", *({key: m.backbone.get(key) for key in _OF_BACKBONE} for m in (self, other)))
-        yield from _compare_weights(self.backbone, other.backbone)
-        yield from _compare("", {"plan": self.plan[:8]}, {"plan": other.plan[:8]})
+        found = _compare("backbone ", *({key: m.backbone.get(key) for key in _OF_BACKBONE} for m in (self, other)))
+        found += _compare_weights(self.backbone, other.backbone)
+        found += _compare("", {"plan": self.plan[:8]}, {"plan": other.plan[:8]})
         for name in ("size", "patch_size", "stride", "grid", "field", "channels", "dtype", "images_per_shard"):
-            yield from _compare("", {name: getattr(self, name)}, {name: getattr(other, name)})
-        yield from _compare("option ", self.options, other.options)
+            found += _compare("", {name: getattr(self, name)}, {name: getattr(other, name)})
+        found += _compare("option ", self.options, other.options)
         if other.ids_digest and self.ids_digest != other.ids_digest:
-            yield (
+            found.append(
                 f"images: the store has {self.count} (ids {self.ids_digest[:8]}), "
                 f"this run has {other.count} (ids {other.ids_digest[:8]})"
             )
+        return found
 
     def to_json(self) -> str:
         """Content of ``manifest.json``; equal manifests have equal text."""
@@ -155,8 +153,7 @@ class Manifest:
                 f"{where}: expected a store of version {FORMAT_VERSION} or lower, got {version}; upgrade denoising-vit"
             )
         names = {item.name for item in fields(cls)}
-        lacking = sorted(names - content.keys())
-        if lacking:
+        if lacking := sorted(names - content.keys()):
             raise StoreError(f"{where}: damaged manifest: {', '.join(lacking)} missing")
         try:
             content = checked(content)
@@ -228,27 +225,29 @@ def reaching(objects: Objects) -> Iterator[None]:
         raise StoreError(f"{objects.url}: cannot be reached ({type(error).__name__}: {error})") from error
 
 
-def _compare(kind: str, mine: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
-    for name in sorted(mine.keys() | theirs.keys()):
-        here, there = mine.get(name), theirs.get(name)
-        if here != there:
-            yield f"{kind}{name}: the store has {_show(here)}, this run has {_show(there)}"
+def _compare(kind: str, mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return [
+        f"{kind}{name}: the store has {_show(mine.get(name))}, this run has {_show(theirs.get(name))}"
+        for name in sorted(mine.keys() | theirs.keys())
+        if mine.get(name) != theirs.get(name)
+    ]
 
 
-def _compare_weights(mine: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
+def _compare_weights(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     if same_weights(mine, theirs):
-        return
+        return []
     here, there = (Fingerprint(tuple(backbone.get("fingerprint") or ())) for backbone in (mine, theirs))
-    same_length = len(here.values) == len(there.values)
-    cosine = f"their cosine is {here.cosine(there):.3f}, expected above {SAME}"
-    likeness = cosine if same_length else "different lengths"
     if here.matches(there):
         digests = [str(backbone.get("digest"))[:8] for backbone in (mine, theirs)]
         likeness = f"similar, but not equal: digests {digests[0]} and {digests[1]}"
-    yield (
+    elif len(here.values) == len(there.values):
+        likeness = f"their cosine is {here.cosine(there):.3f}, expected above {SAME}"
+    else:
+        likeness = "different lengths"
+    return [
         f"weights: the store has {_show(mine.get('weights'))} (fingerprint {_short(here)}), "
         f"this run has {_show(theirs.get('weights'))} (fingerprint {_short(there)}); {likeness}"
-    )
+    ]
 
 
 def _short(fingerprint: Fingerprint) -> str:
@@ -256,8 +255,6 @@ def _short(fingerprint: Fingerprint) -> str:
 
 
 def _show(value: Any) -> str:
-    if value is None:
-        return "none"
     if isinstance(value, tuple):
         return " x ".join(map(str, value))
-    return str(value)
+    return "none" if value is None else str(value)

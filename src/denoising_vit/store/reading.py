@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -72,23 +73,17 @@ class StoredFeatures:
 
 @dataclass(frozen=True)
 class Marker:
-    """The marker of a sealed shard.
+    """The marker of a sealed shard."""
 
-    Attributes:
-        records: record of each finished image, by index.
-        failed: reason of each failed image, by index.
-        scales: scale (C,) of each finished image, by index; for int8 only.
-    """
-
-    records: dict[int, dict[str, Any]]
-    failed: dict[int, str]
-    scales: dict[int, np.ndarray]
+    records: dict[int, dict[str, Any]]  #: record of each finished image, by index
+    failed: dict[int, str]  #: reason of each failed image, by index
+    scales: dict[int, np.ndarray]  #: scale (C,) of each finished image, by index; for int8 only
 
 
 class StoreReader:
-    """An open store: its settings, ids, state and fields. Writers, checks and exports use it.
+    """An open store: its settings, ids, state and fields.
 
-    The state is derived from the store's objects on every call, because other processes may be writing.
+    The state is read from the store's objects on every call, because other processes may be writing.
 
     Attributes:
         manifest: settings of the store.
@@ -122,21 +117,21 @@ class StoreReader:
     def done(self) -> set[int]:
         """Indices of finished images, sealed or not."""
         # In this order: a shard that is sealed between both listings is in the second, even if not in the first.
-        staged, failed = self.staged(), self._numbers(layout.FAILED)
+        staged, failed = self.staged(), self.numbers(layout.FAILED)
         sealed = {index for shard in self.sealed() for index in self.manifest.images_of(shard)}
         return (sealed - failed) | staged
 
     def failed(self) -> dict[int, str]:
         """Reasons why images failed, by index."""
-        return self.reasons(self._numbers(layout.FAILED) - self.staged())
+        return self.reasons(self.numbers(layout.FAILED) - self.staged())
 
     def staged(self) -> set[int]:
         """Indices of finished images whose shard is not sealed yet."""
-        return self._numbers(layout.STAGED)
+        return self.numbers(layout.STAGED)
 
     def sealed(self) -> set[int]:
         """Numbers of the complete shards."""
-        return self._numbers(layout.SEALED)
+        return self.numbers(layout.SEALED)
 
     def unfinished(self) -> list[int]:
         """Shards that need a writer: to fit images, to seal them, or to clean up after a crash."""
@@ -176,9 +171,9 @@ class StoreReader:
         """
         key = layout.sealed_key(shard)
         stamp = self.objects.stamp(key)  # taken before reading, so that a marker rewritten meanwhile is read again
-        kept = self._markers.get(shard)
-        if kept is not None and kept[0] == stamp:
-            return kept[1]
+        kept_stamp, kept = self._markers.get(shard, (None, None))
+        if kept is not None and kept_stamp == stamp:
+            return kept
         self.forget(shard)
         try:
             content = unpacked(self.objects.read(key))
@@ -201,7 +196,8 @@ class StoreReader:
         """Read a shard's marker again on next use, because the shard may have been reopened."""
         self._markers.pop(shard, None)
 
-    def _numbers(self, folder: str) -> set[int]:
+    def numbers(self, folder: str) -> set[int]:
+        """Image indices or shard numbers of the objects in a folder of the store."""
         return layout.numbers(self.objects.names(folder))
 
     def __getitem__(self, image: int | str) -> StoredFeatures:
@@ -211,17 +207,10 @@ class StoreReader:
             MissingImageError: if it is unknown, not finished yet, or failed, with the reason.
             StoreError: if it is damaged.
         """
-        index = self.index(image)
+        index, of = self.index(image), self.manifest
         field, record = self.read(index)
-        return StoredFeatures(
-            index=index,
-            id=self.ids[index],
-            field=torch.from_numpy(field).float(),
-            record=record,
-            size=self.manifest.size,
-            patch_size=self.manifest.patch_size,
-            stride=self.manifest.stride,
-        )
+        tensor = torch.from_numpy(field).float()
+        return StoredFeatures(index, self.ids[index], tensor, record, of.size, of.patch_size, of.stride)
 
     def index(self, image: int | str) -> int:
         """The index of an image given by index or id.
@@ -261,11 +250,9 @@ class StoreReader:
     def _read(self, index: int) -> tuple[StoredField, dict[str, Any]]:
         shard = self.manifest.shard_of(index)
         if self.marker(shard) is None:
-            try:
-                key = layout.staged_key(index)
+            key = layout.staged_key(index)
+            with contextlib.suppress(FileNotFoundError):  # not done, or sealed since the check
                 return decode(self.objects.read(key), self.manifest, f"{self.url}: {key}")
-            except FileNotFoundError:
-                pass  # not done, or sealed since the check
         marker = self.marker(shard)
         if marker is None or index not in marker.records:
             raise MissingImageError(f"{self.url}: {self._why_missing(index, marker)}")

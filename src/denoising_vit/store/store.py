@@ -10,12 +10,11 @@ from typing import Any
 
 from denoising_vit.errors import StoreError
 from denoising_vit.store import layout
-from denoising_vit.store.checking import Problem, find_problems
-from denoising_vit.store.exporting import ExportKind, export_images
 from denoising_vit.store.fields import FieldArray
 from denoising_vit.store.leases import Lease, Leases
 from denoising_vit.store.manifest import EMPTY_MANIFEST, Manifest, reaching, read_manifest
 from denoising_vit.store.objects import Objects, open_objects
+from denoising_vit.store.passes import ExportKind, Problem, export_images, find_problems
 from denoising_vit.store.reading import StoreReader
 from denoising_vit.store.writing import ShardWriter
 
@@ -23,8 +22,8 @@ from denoising_vit.store.writing import ShardWriter
 class FeatureStore(StoreReader):
     """Semantic fields of many images: written shard by shard, read by id or index.
 
-    A store can be sent to other processes, which reopen it by its URL. Its state is always read from its objects, so
-    that progress of other processes is visible.
+    Its state is read from its objects on every call, so that progress of other processes is visible. A store can be
+    pickled; other processes reopen it by its URL.
 
     Attributes:
         manifest: settings of the store.
@@ -72,8 +71,7 @@ class FeatureStore(StoreReader):
         """
         objects = open_objects(url)
         manifest = read_manifest(objects)
-        differences = manifest.mismatch(expected) if expected is not None else []
-        if differences:
+        if expected is not None and (differences := manifest.mismatch(expected)):
             raise StoreError(
                 f"{objects.url}: the store has other settings: {'; '.join(differences)}. Use the store's settings, or "
                 "write to a new location"
@@ -218,9 +216,8 @@ def _require_leftovers(objects: Objects, found: set[str], ids: list[str]) -> Non
 def _require_usable(ids: list[str]) -> None:
     if not ids:
         raise StoreError("a feature store needs at least one image, got no ids")
-    for name in ids:
-        if not isinstance(name, str) or not name:
-            raise StoreError(f"ids must be non-empty strings, got {name!r}")
+    if invalid := [name for name in ids if not isinstance(name, str) or not name]:
+        raise StoreError(f"ids must be non-empty strings, got {invalid[0]!r}")
     name, count = Counter(ids).most_common(1)[0]
     if count > 1:
         raise StoreError(f"ids must be unique, but {name!r} occurs {count} times")

@@ -205,7 +205,7 @@ class ShardWriter:
         return self._store.staged() & set(self.images)
 
     def _failed(self) -> set[int]:
-        return layout.numbers(self._store.objects.names(layout.FAILED)) & set(self.images)
+        return self._store.numbers(layout.FAILED) & set(self.images)
 
     def _require_lease(self) -> Lease:
         if self._lease is None:
