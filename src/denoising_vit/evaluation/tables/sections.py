@@ -237,10 +237,7 @@ def _score_row(label: str, entry: Entry) -> list[str]:
     digits = metrics[0].digits
     values = [value for _, value in entry.seed_scores if value is not None]
     spread = fixed(max(values) - min(values), digits) if len(values) > 1 else NONE
-    paired = entry.paired
-    difference = NONE
-    if paired is not None:
-        difference = with_interval(paired, digits)
+    difference = NONE if entry.paired is None else with_interval(entry.paired, digits)
     return [label, *scores, spread, difference, fixed(entry.seconds, 1)]
 
 
