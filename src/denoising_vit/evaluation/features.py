@@ -85,11 +85,8 @@ class FeatureCache:
     """Features on disk, one file per crop, up to a total size.
 
     Attributes:
-        folder: folder of the files; created if it does not exist.
+        folder: folder of the files, created if it does not exist; EvaluationError if that fails.
         limit: maximum size of all files in bytes.
-
-    Raises:
-        EvaluationError: if the folder cannot be created.
     """
 
     folder: Path
@@ -177,8 +174,8 @@ def _batches(
             waiting.clear()
 
     for image, crop in shown:
-        path = None if cache is None else cache.path(source, (image, crop))
-        found = None if cache is None or path is None else cache.get(path)
+        path = cache.path(source, (image, crop)) if cache else None
+        found = cache.get(path) if cache and path else None
         if found is not None:
             yield from flush()
             yield found, []
@@ -196,6 +193,6 @@ def _batches(
 def _forward(source: FeatureSource, waiting: _Waiting, cache: FeatureCache | None) -> Iterator[Tensor]:
     inputs = torch.stack([inputs for inputs, _ in waiting])
     for features, (_, path) in zip(source.features(inputs).cpu(), waiting, strict=True):
-        if cache is not None and path is not None:
+        if cache and path:
             cache.put(path, features)
         yield compact(features).float()

@@ -108,9 +108,7 @@ def store_name(
 
 def _common_size(data: EvaluationData, backbone: Backbone) -> tuple[int, int]:
     """The common size of all images, rounded to the patch grid; the backbone's default size if they differ."""
-    sizes = {images.common_size for images in data.splits}
-    common = sizes.pop() if len(sizes) == 1 else None
-    if common is None:
-        return backbone.default_size, backbone.default_size
-    height, width = common
-    return native_size(height, width, backbone.patch_size, backbone.stride)
+    match list({images.common_size for images in data.splits}):
+        case [(height, width)]:
+            return native_size(height, width, backbone.patch_size, backbone.stride)
+    return backbone.default_size, backbone.default_size

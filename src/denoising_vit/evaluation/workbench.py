@@ -11,8 +11,7 @@ The first source is the reference for the others. A task raises PlanError if an 
 the size does not fit the patch grid, and EvaluationError for the wrong kind of data or an unknown name.
 
 A score has one value per item (see `outcomes`), so that the difference between two sources gets a paired interval. A
-task with training has ``evaluate(source, seeds)``, which yields ``(seed, outcome, curve)``. A new task needs its
-module, an entry in `results.TASKS`, and an entry in `VERBS` of `cli/app.py`.
+task with training creates its own :class:`Task`.
 """
 
 from __future__ import annotations
@@ -231,7 +230,7 @@ class Workbench:
     @cached_property
     def _settings(self) -> dict[str, Any]:
         data = self.data
-        content = hashlib.sha256(" ".join(images.digest for images in data.splits).encode()).hexdigest()[:16]
+        content = _text_digest(" ".join(images.digest for images in data.splits), 16)
         about: dict[str, Any] = {"name": data.name, "layout": data.layout, "digest": content}
         if isinstance(data, LabelledData) and data.score:
             about["scored"] = list(data.score)

@@ -76,10 +76,7 @@ def evaluate_probe(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Errors of each image, (images, metrics).
-
-    If ``part`` is given, only its rows and columns are evaluated.
-    """
+    """Errors of each image, (images, metrics); if ``part`` is given, only of its rows and columns."""
     rows, columns = (slice(*part[0]), slice(*part[1])) if part else (slice(None), slice(None))
     if protocol.augment:
         predicted = _padded(probe, source, images, protocol)
@@ -130,10 +127,7 @@ def _padded(
 
 @dataclass(frozen=True)
 class LinearDepth:
-    """Depth by linear probes on one source of features.
-
-    Interrupted trainings resume from their files in ``checkpoints``.
-    """
+    """Depth by linear probes on a source; interrupted trainings resume from their files in ``checkpoints``."""
 
     source: FeatureSource
     data: DepthData

@@ -107,11 +107,7 @@ def _colours(protocol: DepthProtocol, chance: np.random.Generator) -> Colours | 
 
 
 class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
-    """Random crops, rendered and passed through the model in every step, as published.
-
-    They are drawn from the ``part`` of rows and columns, or from whole images if that is None; either must be at least
-    as large as a crop.
-    """
+    """Random crops of a part of each image, rendered and passed through the model in every step, as published."""
 
     def __init__(
         self,

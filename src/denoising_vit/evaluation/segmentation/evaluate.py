@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from denoising_vit.evaluation.features import FeatureCache, see, whole_images
 from denoising_vit.evaluation.labelled import LabelledData, LabelledSet
 from denoising_vit.evaluation.options import recorded
 from denoising_vit.evaluation.patches import at_places, centre_pads, to_image, to_pixels
-from denoising_vit.evaluation.probing import Curve, Samples, train
+from denoising_vit.evaluation.probing import Curve, train
 from denoising_vit.evaluation.scores import Counts, count, scores
 from denoising_vit.evaluation.segmentation.protocol import Protocol, SegmentationOptions
 from denoising_vit.evaluation.segmentation.samples import KeptFeatures, RandomCrops, scaled_size
@@ -56,7 +56,7 @@ def evaluate_probe(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Counts:
-    """Evaluate a probe: counts over the labelled pixels of each image."""
+    """Counts over the labelled pixels of each image."""
     predict = _by_windows if protocol.augment else _at_once
     found = []
     for image, predicted in zip(images.images, predict(probe, source, images, protocol, cache), strict=True):
@@ -197,8 +197,11 @@ def linear_segmentation(
         with progress(f"{source.name}: train images", len(data.train.images)) as advance:
             kept = KeptFeatures.take(source, data.train, protocol, cache, advance)
     for seed in seeds:
+        samples = (
+            RandomCrops(source, data.train, protocol, seed) if kept is None else nullcontext(replace(kept, seed=seed))
+        )
         steps = progress(f"{source.name}, seed {seed}: steps", protocol.steps)
-        with _samples(kept, source, data, protocol, seed) as samples, steps as advance:
+        with samples as samples, steps as advance:
             probe = LinearProbe(samples.channels, classes, seed).to(source.device)
             curve = train(
                 probe,
@@ -211,11 +214,3 @@ def linear_segmentation(
         with progress(f"{source.name}, seed {seed}: val images", len(data.val.images)) as advance:
             counts = evaluate_probe(probe, source, data.val, protocol, cache, advance)
         yield Trained(seed, counts, curve)
-
-
-def _samples(
-    kept: KeptFeatures | None, source: FeatureSource, data: LabelledData, protocol: Protocol, seed: int
-) -> contextlib.AbstractContextManager[Samples]:
-    if kept is not None:
-        return contextlib.nullcontext(replace(kept, seed=seed))
-    return RandomCrops(source, data.train, protocol, seed)
