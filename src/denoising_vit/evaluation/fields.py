@@ -14,11 +14,10 @@ from denoising_vit.artifact import KnownArtifact, artifact_digest
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.recorded import weights_key
 from denoising_vit.data import Dataset, Item
-from denoising_vit.data.photos import photo_digest
 from denoising_vit.decomposition.inputs import given_artifact
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet
+from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet, described
 from denoising_vit.evaluation.features import Shown, native_size
 from denoising_vit.evaluation.sources import FieldSource
 from denoising_vit.files import atomic_path, digest
@@ -87,14 +86,13 @@ def _cut(
     cut = []
     for image, crop in shown:
         pixels = np.ascontiguousarray(crop.cut(image.pixels()))
-        digest = photo_digest(pixels)
-        path = folder / "crops" / f"{digest[:24]}.png"
+        about = described(image.split, image.id, image.photo, pixels)
+        path = folder / "crops" / f"{about['digest'][:24]}.png"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
                 Image.fromarray(pixels).save(temporary, "PNG")
-        height, width = pixels.shape[:2]
-        cut.append(replace(image, photo=path, digest=digest, height=height, width=width))
+        cut.append(replace(image, **about | {"photo": path}))
     return replace(images, images=tuple(cut))
 
 

@@ -92,10 +92,7 @@ class LabelledSet(EvaluationSet[LabelledImage]):
     @cached_property
     def pixels(self) -> tuple[int, ...]:
         """Labelled pixels of each class, K of them."""
-        counts = np.zeros(len(self.class_names), dtype=np.int64)
-        for image in self.images:
-            counts += image.class_pixels
-        return tuple(counts.tolist())
+        return tuple(sum(image.class_pixels[label] for image in self.images) for label in range(len(self.class_names)))
 
     @property
     def absent(self) -> tuple[str, ...]:

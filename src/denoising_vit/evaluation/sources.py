@@ -89,8 +89,7 @@ class FeatureSource(ABC):
     def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, h, w, C) and class tokens (B, 1, 1, C) of one forward pass.
 
-        Raises:
-            EvaluationError: if they are not finite or not a grid, or if there is no forward pass.
+        Raises EvaluationError if they are not finite or not a grid, or if there is no forward pass.
         """
 
     def _checked(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -131,8 +130,7 @@ class ExtractorSource(FeatureSource):
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Tensor:
         """Features (B, h, w, C) of rendered crops (B, 3, H, W)."""
-        grid = self._of.grid_size(*inputs.shape[2:])
-        return self._checked(self._extractor(inputs.to(self.device)), grid)
+        return self._checked(self._extractor(inputs.to(self.device)), self._of.grid_size(*inputs.shape[2:]))
 
     @property
     def raw(self) -> FeatureSource | None:
@@ -182,9 +180,9 @@ class ClassTokens(ExtractorSource):
 
 
 class FieldSource(FeatureSource):
-    """Semantic fields from stores, sampled at any crop; colour augmentation has no effect.
+    """Semantic fields from one store per split, sampled at any crop; colour augmentation has no effect.
 
-    Each split has a store with the ids of its images. With ``of_crops``, each crop was fitted as an image of its own.
+    With ``of_crops``, each crop was fitted as an image of its own.
     """
 
     def __init__(

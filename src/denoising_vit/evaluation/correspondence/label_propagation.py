@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -99,8 +99,7 @@ def evaluated_frames(frames: Sequence[Frame]) -> frozenset[int]:
 # --- labels of patches ---
 
 
-@dataclass(frozen=True, eq=False)
-class Held:
+class Held(NamedTuple):
     """One frame of the context: normalised features (h, w, C), and label weights (h, w, K) in [0, 1]."""
 
     features: Tensor
@@ -139,8 +138,7 @@ def carried(target: Tensor, context: Sequence[Held], *, k: int, radius: int, tem
     """
     h, w, channels = target.shape
     # Rows first, so that the rows around a patch are contiguous: (h, n, w, ...).
-    features = torch.stack([held.features for held in context], dim=1)
-    labels = torch.stack([held.labels for held in context], dim=1)
+    features, labels = (torch.stack(parts, dim=1) for parts in zip(*context, strict=True))
     columns = torch.arange(w, device=target.device)
     far = (columns[:, None] - columns).abs() > (radius or w)  # (w, w)
     found = []

@@ -285,10 +285,9 @@ def coco_photos(
         skipped += unknown
     ordered = sorted(photos.values(), key=lambda photo: photo.name)
     folder = _folder_of(ordered, folders, source)
-    there = [(folder / photo.name).is_file() for photo in ordered]
-    missing = [photo.name for photo, exists in zip(ordered, there, strict=True) if not exists]
-    skipped += _missing(missing, folder, source)
-    return [photo for photo, exists in zip(ordered, there, strict=True) if exists], folder, skipped
+    there = [photo for photo in ordered if (folder / photo.name).is_file()]
+    missing = {photo.name for photo in ordered} - {photo.name for photo in there}
+    return there, folder, skipped + _missing(sorted(missing), folder, source)
 
 
 def _named(photos: dict[str, CocoObjects], names: Path, source: Path) -> tuple[dict[str, CocoObjects], list[Skipped]]:

@@ -133,10 +133,7 @@ def by_protocol(
     seeds: tuple[int, ...],
     published: dict[str, str] | None = None,
 ) -> Iterator[Line]:
-    """Like :func:`segmentation`, with every setting of the protocol given.
-
-    ``published`` has the model and variant of the published row that is reproduced, if any.
-    """
+    """Like :func:`segmentation`, with every setting of the protocol given."""
     data = bench.labelled
     settings = recorded(protocol)
 
@@ -159,7 +156,7 @@ def by_protocol(
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """Result of a probe: counts of each validation image, and its training curve, which is only recorded."""
+    """A probe's counts of each validation image, and its training curve."""
 
     seed: int
     counts: Counts

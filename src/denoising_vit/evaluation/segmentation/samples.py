@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -49,8 +49,7 @@ def training_crop(labels: Tensor, protocol: Protocol, patch: tuple[int, int], ch
         if _mixed(labels_of(crop, labels), protocol.most):
             break
         crop = _crop_at(height, width, protocol.crop, patch, chance)
-    flip = bool(chance.random() < protocol.flip)
-    return Crop(crop.box, crop.size, crop.pads, flip=flip)
+    return replace(crop, flip=bool(chance.random() < protocol.flip))
 
 
 def labels_of(crop: Crop, labels: Tensor) -> Tensor:
@@ -142,9 +141,9 @@ class KeptFeatures:
         places = chosen(len(self.features), self.batch, step, self.seed)
         features = torch.cat([self.features[index].flatten(0, 1) for index in places])  # (h, w, C) each -> (N, C)
         counts = torch.cat([self.counts[index].flatten(0, 1) for index in places])  # (N, K + 1)
-        scores = probe(features.to(self.device).float())
+        scores = probe(features.to(self.device).float()).log_softmax(-1)
         counts = counts.to(scores)
-        return -(scores.log_softmax(-1) * counts[:, :-1]).sum() / counts.sum()
+        return -(scores * counts[:, :-1]).sum() / counts.sum()
 
 
 class RandomCrops(RandomSamples[LabelledImage, _Drawn]):
@@ -165,8 +164,7 @@ class RandomCrops(RandomSamples[LabelledImage, _Drawn]):
         drawn = self.take(step)
         features = self._source.features(torch.stack([inputs for inputs, _, _ in drawn]))
         scores = probe(features)
-        total = torch.zeros((), device=scores.device)
-        side = self._protocol.crop
+        side, total = self._protocol.crop, torch.zeros((), device=scores.device)
         frame = (side, side) if self._protocol.pads == "stretched" else None
         for patches, (_, crop, labels) in zip(scores, drawn, strict=True):
             pixels = to_pixels(patches, crop, self._source.patch_size, self._source.stride, frame).flatten(0, 1)

@@ -49,30 +49,27 @@ def comparison(entries: Sequence[Entry]) -> list[list[str]]:
     unplaced: list[str] = []
     for entry in entries:
         if entry.published is not None and entry.failed is None:
-            benchmark, reason = _place(entry, entry.published)
-            if benchmark is None:
+            try:
+                placed[_benchmark_of(entry, entry.published).heading].append(entry)
+            except EvaluationError as error:
+                reason = f"{entry.task} on {entry.data}, {entry.features}: {error}"
                 unplaced.append(f"- not compared: {plain(reason)}")
-            else:
-                placed[benchmark.heading].append(entry)
     blocks: list[list[str]] = []
     for benchmark in _BENCHMARKS:
         blocks += [[f"### {benchmark.heading}"], _benchmark_table(benchmark, placed[benchmark.heading])]
     return [*blocks, unplaced] if unplaced else blocks
 
 
-def _place(entry: Entry, published: Published) -> tuple[_Benchmark | None, str]:
-    what = f"{entry.task} on {entry.data}, {entry.features}"
-    try:
-        published_row(published.model, published.variant)
-    except EvaluationError as error:
-        return None, f"{what}: {error}"
-    for benchmark in _BENCHMARKS:
-        if benchmark.names.match(entry.data):
-            if entry.task == benchmark.task:
-                return benchmark, ""
-            return None, f"{what}: expected the published task {benchmark.task}, got {entry.task}"
-    names = ", ".join(benchmark.heading for benchmark in _BENCHMARKS)
-    return None, f"{what}: expected a data set named {names}, got {entry.data}"
+def _benchmark_of(entry: Entry, published: Published) -> _Benchmark:
+    """The benchmark of an entry that reproduces a published row; EvaluationError if there is none."""
+    published_row(published.model, published.variant)
+    benchmark = next((one for one in _BENCHMARKS if one.names.match(entry.data)), None)
+    if benchmark is None:
+        names = ", ".join(one.heading for one in _BENCHMARKS)
+        raise EvaluationError(f"expected a data set named {names}, got {entry.data}")
+    if entry.task != benchmark.task:
+        raise EvaluationError(f"expected the published task {benchmark.task}, got {entry.task}")
+    return benchmark
 
 
 def _benchmark_table(benchmark: _Benchmark, entries: Sequence[Entry]) -> list[str]:
