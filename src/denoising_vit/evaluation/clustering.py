@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.options import ClusteringOptions
 from denoising_vit.evaluation.outcomes import Curve
-from denoising_vit.evaluation.patches import patch_counts, quota
+from denoising_vit.evaluation.patches import patch_counts, quota, whole_images
 from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Task, Workbench

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.features import FeatureCache, Patches, See, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, See, see
 from denoising_vit.evaluation.labelled import LabelledData, LabelledImage, LabelledSet
 from denoising_vit.evaluation.masks import NO_LABEL
 from denoising_vit.evaluation.options import HummingbirdOptions, KnnOptions
-from denoising_vit.evaluation.patches import at_places, commonest, nearest, patch_counts, quota
+from denoising_vit.evaluation.patches import Patches, at_places, commonest, nearest, patch_counts, quota, whole_images
 from denoising_vit.evaluation.scores import Counts, count
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench

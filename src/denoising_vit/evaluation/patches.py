@@ -1,16 +1,59 @@
-"""Patch grids and pixels: labels of patches, interpolation to pixels, nearest neighbours."""
+"""Patch grids and pixels: input sizes, labels of patches, interpolation to pixels, nearest neighbours."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from denoising_vit.evaluation.data import EvaluationImage
 from denoising_vit.evaluation.masks import NO_LABEL
 from denoising_vit.views.crops import Crop
-from denoising_vit.views.patch_grid import patch_count
+from denoising_vit.views.patch_grid import check_side, nearest_sizes, patch_count
 from denoising_vit.views.plan import linear_weights
+
+Image = TypeVar("Image", bound=EvaluationImage)
+
+
+class Patches(Protocol):
+    """A backbone or a source of features."""
+
+    patch_size: int
+    stride: int
+
+
+def whole_images(
+    images: Sequence[Image], size: int | tuple[int, int] | None, patches: Patches
+) -> list[tuple[Image, Crop]]:
+    """Images, each as one crop, at a size that fits the patch grid; with None, at their own size."""
+    return [(image, Crop.whole(shown_size(size, image, patches))) for image in images]
+
+
+def shown_size(size: int | tuple[int, int] | None, image: EvaluationImage, patches: Patches) -> tuple[int, int]:
+    """(H, W) in pixels of the model's input for an image: the given size, or its own, rounded to the patch grid."""
+    if size is None:
+        return native_size(image.height, image.width, patches.patch_size, patches.stride)
+    check_size(size, patches.patch_size, patches.stride)
+    return (size, size) if isinstance(size, int) else size
+
+
+def check_size(size: int | tuple[int, int] | None, patch_size: int, stride: int) -> None:
+    """Raise SizeError with the nearest valid sides unless whole patches cover the size."""
+    for side in () if size is None else (size,) if isinstance(size, int) else size:
+        check_side(side, patch_size, stride)
+
+
+def native_size(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int]:
+    """The nearest sides that fit the patch grid; of two equally near sides, the larger."""
+    down, across = (
+        max(nearest_sizes(side, patch_size, stride), key=lambda fitting: (-abs(fitting - side), fitting))
+        for side in (height, width)
+    )
+    return down, across
 
 
 def patch_counts(labels: Tensor, crop: Crop, classes: int, patch_size: int, stride: int) -> Tensor:

@@ -36,10 +36,10 @@ from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import DenoisingVitError, EvaluationError
 from denoising_vit.evaluation.data import EvaluationData
-from denoising_vit.evaluation.features import FeatureCache, Shown, check_size
-from denoising_vit.evaluation.fields import fitted_fields
+from denoising_vit.evaluation.features import FeatureCache, Shown, fitted_fields
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.outcomes import METHOD, Curve, Outcome, paired_interval, record_of
+from denoising_vit.evaluation.patches import check_size
 from denoising_vit.evaluation.results import Record, Results, main_metric
 from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.sources import ExtractorSource, FeatureSource, Normalisation, backbone_settings

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.evaluation.correspondence.pairs import KeypointPair, PairData, PairedPhoto, Point
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.options import MatchingOptions
 from denoising_vit.evaluation.outcomes import Measured
-from denoising_vit.evaluation.patches import at_places, at_points
+from denoising_vit.evaluation.patches import at_places, at_points, whole_images
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.views.crops import Crop

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.evaluation.correspondence.davis import ClipData, Frame
-from denoising_vit.evaluation.features import FeatureCache, see, shown_size, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.masks import NO_LABEL
 from denoising_vit.evaluation.options import PropagationOptions
 from denoising_vit.evaluation.outcomes import Measured
-from denoising_vit.evaluation.patches import at_places
+from denoising_vit.evaluation.patches import at_places, shown_size, whole_images
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.views.crops import Crop

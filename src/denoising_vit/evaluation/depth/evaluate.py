@@ -18,10 +18,10 @@ from denoising_vit.evaluation.depth.data import NYU, DepthData, DepthImage, bloc
 from denoising_vit.evaluation.depth.probe import DepthProbe
 from denoising_vit.evaluation.depth.protocol import DepthOptions, DepthProtocol
 from denoising_vit.evaluation.depth.samples import NYU_PART, DepthCrops, KeptDepth, Part
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.options import recorded
 from denoising_vit.evaluation.outcomes import Curve, Measured
-from denoising_vit.evaluation.patches import centre_pads
+from denoising_vit.evaluation.patches import centre_pads, whole_images
 from denoising_vit.evaluation.probing import train
 from denoising_vit.evaluation.sources import FeatureSource, no_augmented_fields
 from denoising_vit.evaluation.workbench import Line, Task, Workbench

@@ -15,8 +15,8 @@ from denoising_vit.evaluation.data import EvaluationSet
 from denoising_vit.evaluation.depth.data import DepthImage
 from denoising_vit.evaluation.depth.probe import DepthProbe, depth_loss, within
 from denoising_vit.evaluation.depth.protocol import DepthProtocol
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
-from denoising_vit.evaluation.patches import centre_pads
+from denoising_vit.evaluation.features import FeatureCache, see
+from denoising_vit.evaluation.patches import centre_pads, whole_images
 from denoising_vit.evaluation.probing import RandomSamples, chosen
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.files import compact

@@ -26,9 +26,10 @@ from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import Box
 from denoising_vit.evaluation.discovery.annotations import CellBox, box_around
 from denoising_vit.evaluation.discovery.layouts import DAVIS, BoxedData
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.options import DiscoveryOptions, SeedBy
 from denoising_vit.evaluation.outcomes import Measured
+from denoising_vit.evaluation.patches import whole_images
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation import outcomes
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.labelled import LabelledData, LabelledSet
 from denoising_vit.evaluation.options import recorded
-from denoising_vit.evaluation.patches import at_places, centre_pads, to_image, to_pixels
+from denoising_vit.evaluation.patches import at_places, centre_pads, to_image, to_pixels, whole_images
 from denoising_vit.evaluation.probing import Curve, train
 from denoising_vit.evaluation.scores import Counts, count, scores
 from denoising_vit.evaluation.segmentation.protocol import Protocol, SegmentationOptions

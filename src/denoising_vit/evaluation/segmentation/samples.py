@@ -13,10 +13,10 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.labelled import LabelledImage, LabelledSet
 from denoising_vit.evaluation.masks import NO_LABEL
-from denoising_vit.evaluation.patches import centre_pads, patch_counts, to_pixels
+from denoising_vit.evaluation.patches import centre_pads, patch_counts, to_pixels, whole_images
 from denoising_vit.evaluation.probing import RandomSamples, chosen
 from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.evaluation.sources import FeatureSource
