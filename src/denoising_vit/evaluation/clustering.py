@@ -84,7 +84,7 @@ def clustered(
     tables = []
     for (image, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
         found = torch.from_numpy(model.predict(features.flatten(0, 1).numpy())).long()
-        pixels = patch_counts(image.labels(), crop, image.classes, source.patch_size, source.stride)[..., :-1]
+        pixels = patch_counts(image.labels(), crop, image.classes, *source.patch)[..., :-1]
         table = torch.zeros(clusters, image.classes, dtype=torch.int64).index_add_(0, found, pixels.flatten(0, 1))
         tables.append(table.int().numpy())
     return np.stack(tables)

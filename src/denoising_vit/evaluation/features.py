@@ -252,5 +252,5 @@ def _common_size(data: EvaluationData, backbone: Backbone) -> tuple[int, int]:
     """The common size of all images, rounded to the patch grid; the backbone's default size if they differ."""
     match list({images.common_size for images in data.splits}):
         case [(height, width)]:
-            return native_size(height, width, backbone.patch_size, backbone.stride)
+            return native_size(height, width, backbone)
     return backbone.default_size, backbone.default_size

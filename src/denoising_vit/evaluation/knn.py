@@ -109,12 +109,7 @@ def _gallery(source: FeatureSource, train: LabelledSet, options: KnnOptions, see
 
 def _labels(source: FeatureSource, image: LabelledImage, crop: Crop) -> Tensor:
     """Classes (h, w) of the patches of a crop."""
-    return commonest(_counts(source, image, crop))
-
-
-def _counts(source: FeatureSource, image: LabelledImage, crop: Crop) -> Tensor:
-    """Pixels of each class in each patch of a crop, (h, w, K + 1)."""
-    return patch_counts(image.labels(), crop, image.classes, source.patch_size, source.stride)
+    return commonest(patch_counts(image.labels(), crop, image.classes, *source.patch))
 
 
 def _require(bank: str, patches: int, k: int) -> None:
@@ -189,7 +184,7 @@ def retrieved(
         _require("memory", int(others.sum()), options.k)
         queries = features.flatten(0, 1).to(memory.features)  # (h, w, C) -> (h w, C)
         labels = memory.retrieve(queries, options.k, options.temperature, ~others).unflatten(0, features.shape[:2])
-        pixels = at_places(labels.cpu(), *crop.places(image.height, image.width), source.patch_size, source.stride)
+        pixels = at_places(labels.cpu(), *crop.places(image.height, image.width), *source.patch)
         found.append(count(pixels.argmax(-1), image.labels(), image.classes))
     return Counts.joined(found)
 
@@ -200,7 +195,9 @@ def _memory(source: FeatureSource, train: LabelledSet, options: HummingbirdOptio
     features, labels, photos = [], [], []
     numbers: dict[str, int] = {}
     for number, ((image, crop), seen) in enumerate(zip(shown, see_all(source, shown), strict=True)):
-        counts = _counts(source, image, crop)[..., :-1].flatten(0, 1)  # (h, w, K) -> (h w, K)
+        counts = patch_counts(image.labels(), crop, image.classes, *source.patch)[..., :-1].flatten(
+            0, 1
+        )  # (h, w, K) -> (h w, K)
         chosen = drawn(counts, quota(options.memory, number, len(shown)), generator)
         features.append(F.normalize(seen.flatten(0, 1)[chosen], dim=-1))
         shares = counts[chosen].float()

@@ -36,24 +36,25 @@ def whole_images(
 def shown_size(size: int | tuple[int, int] | None, image: EvaluationImage, patches: Patches) -> tuple[int, int]:
     """(H, W) in pixels of the model's input for an image: the given size, or its own, rounded to the patch grid."""
     if size is None:
-        return native_size(image.height, image.width, patches.patch_size, patches.stride)
-    check_size(size, patches.patch_size, patches.stride)
+        return native_size(image.height, image.width, patches)
+    check_size(size, patches)
     return (size, size) if isinstance(size, int) else size
 
 
-def check_size(size: int | tuple[int, int] | None, patch_size: int, stride: int) -> None:
+def check_size(size: int | tuple[int, int] | None, patches: Patches) -> None:
     """Raise SizeError with the nearest valid sides unless whole patches cover the size."""
     for side in () if size is None else (size,) if isinstance(size, int) else size:
-        check_side(side, patch_size, stride)
+        check_side(side, patches.patch_size, patches.stride)
 
 
-def native_size(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int]:
+def native_size(height: int, width: int, patches: Patches) -> tuple[int, int]:
     """The nearest sides that fit the patch grid; of two equally near sides, the larger."""
-    down, across = (
-        max(nearest_sizes(side, patch_size, stride), key=lambda fitting: (-abs(fitting - side), fitting))
-        for side in (height, width)
-    )
-    return down, across
+
+    def fitted(side: int) -> int:
+        sides = nearest_sizes(side, patches.patch_size, patches.stride)
+        return min(sides, key=lambda each: (abs(each - side), -each))
+
+    return fitted(height), fitted(width)
 
 
 def patch_counts(labels: Tensor, crop: Crop, classes: int, patch_size: int, stride: int) -> Tensor:

@@ -44,6 +44,7 @@ class FeatureSource(ABC):
         name: name in messages and tables.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
+        patch: patch_size and stride.
         identity: JSON values that determine the features, besides the backbone.
         backbone: JSON values that determine the backbone's features.
         device: device of the forward passes.
@@ -54,7 +55,8 @@ class FeatureSource(ABC):
         self.name, self.identity, self.cached = name, identity, cached
         self.backbone = backbone_settings(backbone)
         self._of = backbone
-        self.patch_size, self.stride, self.device = backbone.patch_size, backbone.stride, backbone.device
+        self.patch_size, self.stride = self.patch = backbone.patch_size, backbone.stride
+        self.device = backbone.device
 
     @abstractmethod
     def inputs(self, image: EvaluationImage, crop: Crop, colour: Colour | None = None) -> Tensor:

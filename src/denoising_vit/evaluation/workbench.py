@@ -191,7 +191,7 @@ class Workbench:
             SizeError: if the size does not fit the patch grid.
             EvaluationError: if a name is unknown.
         """
-        check_size(task.size, self.backbone.patch_size, self.backbone.stride)
+        check_size(task.size, self.backbone)
         if taken := KINDS.keys() & self.extractors.keys():
             raise EvaluationError(f"extractors must not have the built-in names {', '.join(sorted(taken))}")
         known = (*KINDS, *self.extractors)

@@ -78,7 +78,7 @@ def _follow(
 ) -> np.ndarray:
     """J&F, J and F of the objects of one sequence, (objects, 3) in percent; consumes the features of its frames."""
     first = frames[0]
-    grid = shown_size(options.size, first, source), source.patch_size, source.stride
+    grid = shown_size(options.size, first, source), *source.patch
     start = at_patches(first.labels(), first.objects, *grid).to(source.device)
     evaluated = evaluated_frames(frames)
     sequence = (next(features).to(source.device) for _ in frames)

@@ -135,8 +135,8 @@ class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
         features, token = self._source.features_and_class(torch.stack([inputs for inputs, _, _ in drawn]))
         crop = drawn[0][1].crop
         rows, columns = crop.places_shown(crop.size if protocol.pads == "stretched" else None)
-        patch = self._source.patch_size, self._source.stride
-        depth = probe.at_pixels(features, token if protocol.class_token else None, rows, columns, patch)
+        token = token if protocol.class_token else None
+        depth = probe.at_pixels(features, token, rows, columns, self._source.patch)
         truth = torch.stack([truth for _, _, truth in drawn]).to(depth.device)
         together = protocol.together or len(truth)
         losses = [
@@ -148,8 +148,7 @@ class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
     def _draw(self, index: int, step: int, place: int) -> tuple[Tensor, Drawn, Tensor]:
         """Input of the forward pass, the sample, and its depth (H, W)."""
         chance = np.random.default_rng([self._seed, _CROPS, step, place])
-        patch = self._source.patch_size, self._source.stride
-        drawn = draw(self._images[index], self._protocol, self._part, patch, chance)
+        drawn = draw(self._images[index], self._protocol, self._part, self._source.patch, chance)
         inputs = self._source.inputs(drawn.image, drawn.crop, drawn.colours)
         return inputs, drawn, within(drawn.truth(), self._protocol.farthest)
 
@@ -187,8 +186,8 @@ class KeptDepth:
         shown = whole_images(images.images, protocol.size, source)
         features = [compact(one) for one in see(source, shown, cache, progress)]
         tokens = [compact(one) for one in see(source.class_tokens(), shown, cache)] if protocol.class_token else []
-        patch = source.patch_size, source.stride
-        truths = [_at_patches(within(image.metres(), protocol.farthest), crop.size, patch) for image, crop in shown]
+        metres = ((within(image.metres(), protocol.farthest), crop.size) for image, crop in shown)
+        truths = [_at_patches(depth, size, source.patch) for depth, size in metres]
         return cls(features, tokens, truths, protocol, source.device)
 
     @property

@@ -167,7 +167,7 @@ def localise(
     for (image, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
         found = find_object(features, options.seed_by, options.k, centred=options.centred)
         size = (image.height, image.width)
-        box = on_image(found.box, found.mask.shape, source.patch_size, source.stride, crop.size, size)
+        box = on_image(found.box, found.mask.shape, *source.patch, crop.size, size)
         hits.append(100.0 if best_overlap(box, image.boxes) >= options.iou else 0.0)
     _, groups = np.unique([image.sequence for image, _ in shown], return_inverse=True)
     return Localised(np.array(hits)[:, None], groups.astype(np.int64))

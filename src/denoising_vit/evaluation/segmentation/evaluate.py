@@ -91,24 +91,23 @@ def _at_once(
     shown = whole_images(images.images, protocol.size, source)
     for (image, crop), features in zip(shown, see(source, shown, cache), strict=True):
         patches = probe(features.to(source.device)).cpu()
-        yield at_places(patches, *crop.places(image.height, image.width), source.patch_size, source.stride)
+        yield at_places(patches, *crop.places(image.height, image.width), *source.patch)
 
 
 def _by_windows(
     probe: LinearProbe, source: FeatureSource, images: LabelledSet, protocol: Protocol, _cache: FeatureCache | None
 ) -> Iterator[Tensor]:
     """Scores (H, W, K) at the pixels of each mask, averaged over overlapping windows of the scaled image."""
-    patch = source.patch_size, source.stride
     for image in images.images:
         height, width = scaled_size(image.height, image.width, protocol.short_side, protocol.long_side)
-        crops = windows(height, width, protocol, patch)
+        crops = windows(height, width, protocol, source.patch)
         total = torch.zeros(height, width, image.classes)
         times = torch.zeros(height, width, 1)
         stacked = source.features(torch.stack([source.inputs(image, crop) for crop in crops]))
         for crop, features in zip(crops, stacked, strict=True):
             rows, columns = _part(crop, height, width)
             frame = crop.size if protocol.pads == "stretched" else None
-            total[rows, columns] += to_pixels(probe(features), crop, *patch, frame).cpu()
+            total[rows, columns] += to_pixels(probe(features), crop, *source.patch, frame).cpu()
             times[rows, columns] += 1
         yield to_image(total / times, image.height, image.width)
 

@@ -126,9 +126,9 @@ class KeptFeatures:
     ) -> Self:
         """Compute the features of all images; ``progress`` is called once per image."""
         shown = whole_images(images.images, protocol.size, source)
-        classes, patch = len(images.class_names), (source.patch_size, source.stride)
+        classes = len(images.class_names)
         features = [compact(one) for one in see(source, shown, cache, progress)]
-        counts = [patch_counts(image.labels(), crop, classes, *patch) for image, crop in shown]
+        counts = [patch_counts(image.labels(), crop, classes, *source.patch) for image, crop in shown]
         return cls(features, counts, min(protocol.batch, len(shown)), source.device)
 
     @property
@@ -167,7 +167,7 @@ class RandomCrops(RandomSamples[LabelledImage, _Drawn]):
         side, total = self._protocol.crop, torch.zeros((), device=scores.device)
         frame = (side, side) if self._protocol.pads == "stretched" else None
         for patches, (_, crop, labels) in zip(scores, drawn, strict=True):
-            pixels = to_pixels(patches, crop, self._source.patch_size, self._source.stride, frame).flatten(0, 1)
+            pixels = to_pixels(patches, crop, *self._source.patch, frame).flatten(0, 1)
             truth = labels.flatten().to(pixels.device)
             total = total + F.cross_entropy(pixels, truth, ignore_index=NO_LABEL, reduction="sum")
         return total / (len(drawn) * side**2)
@@ -176,6 +176,6 @@ class RandomCrops(RandomSamples[LabelledImage, _Drawn]):
         chance = np.random.default_rng([self._seed, _CROPS, step, place])
         image = self._images[index]
         labels = image.labels()
-        crop = training_crop(labels, self._protocol, (self._source.patch_size, self._source.stride), chance)
+        crop = training_crop(labels, self._protocol, self._source.patch, chance)
         colour = functools.partial(distort, chance=chance) if self._protocol.distort else None
         return self._source.inputs(image, crop, colour), crop, labels_of(crop, labels)
