@@ -136,6 +136,20 @@ def to_image(scores: Tensor, height: int, width: int) -> Tensor:
     return torch.einsum("yh,hwk,xw->yxk", down, scores, across)
 
 
+def crop_at(
+    top: int, left: int, shown: tuple[int, int], size: tuple[int, int], pads: tuple[int, int, int, int]
+) -> Crop:
+    """The crop of ``shown`` pixels (H, W) that starts at a row and a column of an image of ``size`` (H, W)."""
+    height, width = size
+    return Crop((left / width, top / height, (left + shown[1]) / width, (top + shown[0]) / height), shown, pads)
+
+
+def part_of(crop: Crop, height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of a crop from :func:`crop_at` in its image of H x W pixels."""
+    left, top = round(crop.box[0] * width), round(crop.box[1] * height)
+    return slice(top, top + crop.size[0]), slice(left, left + crop.size[1])
+
+
 def centre_pads(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int, int, int]:
     """Pads (left, top, right, bottom) to whole patches, split evenly between both sides."""
     (top, bottom), (left, right) = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -16,7 +16,7 @@ from denoising_vit.evaluation.depth.data import DepthImage
 from denoising_vit.evaluation.depth.probe import DepthProbe, depth_loss, within
 from denoising_vit.evaluation.depth.protocol import DepthProtocol
 from denoising_vit.evaluation.features import FeatureCache, see
-from denoising_vit.evaluation.patches import centre_pads, whole_images
+from denoising_vit.evaluation.patches import centre_pads, crop_at, part_of, whole_images
 from denoising_vit.evaluation.probing import RandomSamples, chosen
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.files import compact
@@ -62,8 +62,7 @@ class Drawn:
     def truth(self) -> Tensor:
         """Depth (H, W) of the crop in metres without its pads, 0 where it is unknown."""
         metres = self.image.metres()
-        left, top = round(self.crop.box[0] * metres.shape[1]), round(self.crop.box[1] * metres.shape[0])
-        part = metres[top : top + self.crop.size[0], left : left + self.crop.size[1]]
+        part = metres[part_of(self.crop, *metres.shape)]
         return part.flip(1) if self.crop.flip else part
 
 
@@ -82,8 +81,8 @@ def draw(
     flip = bool(chance.random() < protocol.flip)
     top += int(chance.integers(bottom - top - height + 1))
     left += int(chance.integers(right - left - width + 1))
-    box = (left / image.width, top / image.height, (left + width) / image.width, (top + height) / image.height)
-    crop = Crop(box, (height, width), centre_pads(height, width, *patch), flip=flip)
+    crop = crop_at(top, left, protocol.crop, (image.height, image.width), centre_pads(height, width, *patch))
+    crop = replace(crop, flip=flip)
     return Drawn(image.rotated(angle) if turned and protocol.rotate else image, crop, _colours(protocol, chance))
 
 

@@ -15,7 +15,7 @@ from denoising_vit.evaluation import outcomes
 from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.labelled import LabelledData, LabelledSet
 from denoising_vit.evaluation.options import recorded
-from denoising_vit.evaluation.patches import at_places, centre_pads, to_image, to_pixels, whole_images
+from denoising_vit.evaluation.patches import at_places, centre_pads, crop_at, part_of, to_image, to_pixels, whole_images
 from denoising_vit.evaluation.probing import Curve, train
 from denoising_vit.evaluation.scores import Counts, count, scores
 from denoising_vit.evaluation.segmentation.protocol import Protocol, SegmentationOptions
@@ -73,15 +73,8 @@ def windows(height: int, width: int, protocol: Protocol, patch: tuple[int, int])
         for full in (height, width)
     )
     shown = min(side, height), min(side, width)
-    return [
-        Crop(
-            (left / width, top / height, (left + shown[1]) / width, (top + shown[0]) / height),
-            shown,
-            centre_pads(*shown, *patch),
-        )
-        for top in tops
-        for left in lefts
-    ]
+    pads = centre_pads(*shown, *patch)
+    return [crop_at(top, left, shown, (height, width), pads) for top in tops for left in lefts]
 
 
 def _at_once(
@@ -105,16 +98,11 @@ def _by_windows(
         times = torch.zeros(height, width, 1)
         stacked = source.features(torch.stack([source.inputs(image, crop) for crop in crops]))
         for crop, features in zip(crops, stacked, strict=True):
-            rows, columns = _part(crop, height, width)
+            rows, columns = part_of(crop, height, width)
             frame = crop.size if protocol.pads == "stretched" else None
             total[rows, columns] += to_pixels(probe(features), crop, *source.patch, frame).cpu()
             times[rows, columns] += 1
         yield to_image(total / times, image.height, image.width)
-
-
-def _part(crop: Crop, height: int, width: int) -> tuple[slice, slice]:
-    left, top = round(crop.box[0] * width), round(crop.box[1] * height)
-    return slice(top, top + crop.size[0]), slice(left, left + crop.size[1])
 
 
 # --- the task ---

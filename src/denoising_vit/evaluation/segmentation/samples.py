@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.labelled import LabelledImage, LabelledSet
 from denoising_vit.evaluation.masks import NO_LABEL
-from denoising_vit.evaluation.patches import centre_pads, patch_counts, to_pixels, whole_images
+from denoising_vit.evaluation.patches import centre_pads, crop_at, patch_counts, to_pixels, whole_images
 from denoising_vit.evaluation.probing import RandomSamples, chosen
 from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.evaluation.sources import FeatureSource
@@ -83,9 +83,9 @@ def distort(image: Tensor, chance: np.random.Generator) -> Tensor:
 def _crop_at(height: int, width: int, side: int, patch: tuple[int, int], chance: np.random.Generator) -> Crop:
     shown = min(side, height), min(side, width)
     top, left = (int(chance.integers(full - part + 1)) for full, part in zip((height, width), shown, strict=True))
-    box = (left / width, top / height, (left + shown[1]) / width, (top + shown[0]) / height)
     before_x, before_y, after_x, after_y = centre_pads(side, side, *patch)
-    return Crop(box, shown, (before_x, before_y, after_x + side - shown[1], after_y + side - shown[0]))
+    pads = before_x, before_y, after_x + side - shown[1], after_y + side - shown[0]
+    return crop_at(top, left, shown, (height, width), pads)
 
 
 def _mixed(labels: Tensor, most: float) -> bool:
