@@ -104,19 +104,17 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def visible(folder: Path) -> list[Path]:
-    """Entries of a folder that are not hidden."""
-    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    """Entries of a folder that are not hidden; empty if it does not exist."""
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.is_dir() else []
 
 
 def folders_in(folder: Path) -> list[str]:
     """Names of the subfolders of a folder, sorted; empty if it does not exist."""
-    return sorted(entry.name for entry in visible(folder) if entry.is_dir()) if folder.is_dir() else []
+    return sorted(entry.name for entry in visible(folder) if entry.is_dir())
 
 
 def images_in(folder: Path) -> list[str]:
     """Names of the images in a folder, in natural order; empty if it does not exist."""
-    if not folder.is_dir():
-        return []
     names = image_names((entry.name for entry in visible(folder) if entry.is_file()), str(folder))
     return sorted(names, key=by_number)
 

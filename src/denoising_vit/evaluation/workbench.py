@@ -307,8 +307,7 @@ class Workbench:
             extractor, identity = self.cleaners.extractor(name, self.backbone)
         if task.normalisation == "own":
             return ExtractorSource(name, self.backbone, extractor, identity)
-        identity = identity | {"normalisation": task.normalisation}
-        return ExtractorSource(name, self.backbone, extractor, identity, IMAGENET)
+        return ExtractorSource(name, self.backbone, extractor, identity | {"normalisation": "imagenet"}, IMAGENET)
 
     def _fields(self, name: str, task: Task) -> FeatureSource:
         if self.exact.method != "exact":
