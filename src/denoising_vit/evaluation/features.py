@@ -74,8 +74,8 @@ class FeatureCache:
     def path(self, source: FeatureSource, shown: Shown) -> Path:
         """File of the features of a crop."""
         image, crop = shown
-        whose = digest({"name": source.name, "identity": source.identity, "backbone": source.backbone}, _DIGITS)
-        return self.folder / whose / f"{digest({'image': image.digest, **asdict(crop)}, _DIGITS)}.safetensors"
+        key = digest({"name": source.name, "identity": source.identity, "backbone": source.backbone}, _DIGITS)
+        return self.folder / key / f"{digest({'image': image.digest, **asdict(crop)}, _DIGITS)}.safetensors"
 
     def get(self, path: Path) -> Tensor | None:
         """Features (h, w, C) float32; None if the file is missing or damaged."""
@@ -211,7 +211,7 @@ def fitted_fields(
                 advance()
             job.run(lambda _index, _reason: advance())
         if failed := job.store.failed():
-            index, reason = next(iter(sorted(failed.items())))
+            index, reason = min(failed.items())
             raise EvaluationError(
                 f"{len(failed)} {images.split} images could not be fitted, so they cannot be evaluated; "
                 f"{items[index].id}: {reason}"
@@ -244,8 +244,8 @@ def store_name(
     images: EvaluationSet[EvaluationImage], backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]
 ) -> str:
     """Name of a store; the same fields of the same photos have the same name in all tasks."""
-    whose = asdict(spec) | {"digest": weights_key(backbone), "images": images.photos_digest}
-    return f"{images.split}-{digest(identity | whose, 16)}"
+    settings = identity | asdict(spec) | {"digest": weights_key(backbone), "images": images.photos_digest}
+    return f"{images.split}-{digest(settings, 16)}"
 
 
 def _common_size(data: EvaluationData, backbone: Backbone) -> tuple[int, int]:

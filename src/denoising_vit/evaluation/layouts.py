@@ -96,7 +96,7 @@ def _described(root: Path, entry: str) -> str:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Convert OSErrors of a folder (no permission, name too long) to EvaluationError."""
+    """Convert OSErrors of a file or folder (no permission, name too long) to EvaluationError."""
     try:
         yield
     except OSError as error:
@@ -131,12 +131,11 @@ def listed(folder: Path) -> str:
 
 def read_text(path: Path) -> str:
     """Read a text file."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: expected UTF-8 text, found other bytes ({error})") from error
-    except OSError as error:
-        raise EvaluationError(f"{path}: cannot be read ({error.strerror or error})") from error
+    with readable(path):
+        try:
+            return path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise EvaluationError(f"{path}: expected UTF-8 text, found other bytes ({error})") from error
 
 
 def read_lines(path: Path) -> list[str]:

@@ -140,8 +140,8 @@ class VocObjects:
         if not chosen:
             only = f"{len(every)} that are all difficult or truncated" if every else "none"
             raise EvaluationError(f"{self.path}: expected objects, found {only}")
-        said = [_text(root, f"size/{side}") for side in ("height", "width")]
-        rows, columns = (int(side) if side.isdecimal() else 0 for side in said)
+        texts = [_text(root, f"size/{side}") for side in ("height", "width")]
+        rows, columns = (int(text) if text.isdecimal() else 0 for text in texts)
         size = (rows, columns) if rows and columns else None
         return fitting_boxes(self.path, size, height, width, map(_xml_box, chosen))
 
