@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import Box
 from denoising_vit.evaluation.layouts import check_same_size, read_lines, read_text
 from denoising_vit.evaluation.masks import MAX_OBJECTS, WHITE, read_values
+from denoising_vit.files import parse_json
 
 #: Maximum size of an XML file in bytes; typical VOC files have a few thousand.
 _MAX_XML_BYTES = 10_000_000
@@ -220,8 +220,8 @@ def _read(path: Path) -> tuple[dict[str, CocoObjects], list[Skipped]]:
     if not path.is_file():
         raise EvaluationError(f"{path}: no such file; {_EXPECTED}")
     try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(read_text(path))
+    except ValueError as error:
         raise EvaluationError(f"{path}: damaged JSON ({error}); {_EXPECTED}") from error
     images, annotations = (_entries(content, key, path) for key in ("images", "annotations"))
     entries: dict[str, list[dict[str, Any]]] = defaultdict(list)
