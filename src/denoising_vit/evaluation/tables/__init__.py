@@ -122,8 +122,7 @@ def _table(members: Sequence[Section]) -> list[str]:
     rows = []
     for number, section in enumerate(members, start=1):
         cells = dict(section.measured)
-        paired = [entry.paired for entry in cells.values() if entry.paired is not None]
-        groups = dict.fromkeys(NONE if one.groups is None else f"{one.groups} {one.over}" for one in paired)
+        groups = dict.fromkeys(NONE if one.groups is None else f"{one.groups} {one.over}" for one in section.paired)
         rows.append([f"{number}. {_task(section)}", *(_cell(cells.get(each)) for each in ordered), "; ".join(groups)])
     return table(("task", *ordered, "groups"), rows)
 
@@ -151,11 +150,9 @@ def _commands(members: Sequence[Section]) -> list[str]:
     """For each row: its settings, the meaning of its differences, and the commands."""
     lines = []
     for number, section in enumerate(members, start=1):
-        entries = [entry for _, entry in section.measured]
-        paired = [entry.paired for entry in entries if entry.paired]
-        against = dict.fromkeys(f"against {one.against}, {interval_words(one)}" for one in paired)
+        against = dict.fromkeys(f"against {one.against}, {interval_words(one)}" for one in section.paired)
         words = "; ".join([section.title, *against])
-        lines.append(f"{number}. {plain(words)}. Command: {commands_of(entries)}.")
+        lines.append(f"{number}. {plain(words)}. Command: {commands_of(entry for _, entry in section.measured)}.")
     return lines
 
 

@@ -55,6 +55,11 @@ class Section:
         return [(label, entry) for label, entry in self.rows if entry.failed is None]
 
     @property
+    def paired(self) -> list[Paired]:
+        """Differences from the reference."""
+        return [entry.paired for _, entry in self.measured if entry.paired is not None]
+
+    @property
     def failed(self) -> list[tuple[str, Entry]]:
         """Rows with a reason instead of metrics."""
         return [(label, entry) for label, entry in self.rows if entry.failed is not None]
