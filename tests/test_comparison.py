@@ -20,7 +20,7 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError, PlanError
-from denoising_vit.evaluation.fields import fitted_fields
+from denoising_vit.evaluation.features import fitted_fields
 from denoising_vit.evaluation.knn import crops_of, knn
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.options import KnnOptions

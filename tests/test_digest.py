@@ -20,8 +20,7 @@ from denoising_vit.denoiser.pairs import KeptPairs
 from denoising_vit.denoiser.targets import StoredTargets
 from denoising_vit.errors import StoreError, TrainError
 from denoising_vit.evaluation.data import EvaluationSet
-from denoising_vit.evaluation.features import FeatureCache
-from denoising_vit.evaluation.fields import store_name
+from denoising_vit.evaluation.features import FeatureCache, store_name
 from denoising_vit.evaluation.sources import ExtractorSource
 from denoising_vit.show.video.parts import differences, make_record
 from denoising_vit.store import FeatureStore

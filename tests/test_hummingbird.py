@@ -12,7 +12,7 @@ from PIL import Image
 
 from denoising_vit.errors import EvaluationError, PlanError
 from denoising_vit.evaluation import patches
-from denoising_vit.evaluation.hummingbird import Memory, drawn, hummingbird, retrieved
+from denoising_vit.evaluation.knn import Memory, drawn, hummingbird, retrieved
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.options import HummingbirdOptions
 from denoising_vit.evaluation.scores import Counts, scores

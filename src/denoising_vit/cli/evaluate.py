@@ -111,7 +111,7 @@ def hummingbird(
         shared: data, features and results.
         retrieval: options of the task.
     """
-    from denoising_vit.evaluation.hummingbird import hummingbird as compare
+    from denoising_vit.evaluation.knn import hummingbird as compare
 
     retrieval.validate()
     return compare_sources(shared, lambda bench, names: compare(bench, names, retrieval))

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.options import ClusteringOptions
 from denoising_vit.evaluation.outcomes import Curve
-from denoising_vit.evaluation.patches import patch_counts, quota
+from denoising_vit.evaluation.patches import patch_counts, quota, whole_images
 from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Task, Workbench
@@ -84,7 +84,7 @@ def clustered(
     tables = []
     for (image, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
         found = torch.from_numpy(model.predict(features.flatten(0, 1).numpy())).long()
-        pixels = patch_counts(image.labels(), crop, image.classes, source.patch_size, source.stride)[..., :-1]
+        pixels = patch_counts(image.labels(), crop, image.classes, *source.patch)[..., :-1]
         table = torch.zeros(clusters, image.classes, dtype=torch.int64).index_add_(0, found, pixels.flatten(0, 1))
         tables.append(table.int().numpy())
     return np.stack(tables)

@@ -1,59 +1,38 @@
-"""Features of image crops: batched forward passes, and a cache on disk."""
+"""Features that later runs reuse: forward passes over crops with a cache on disk, and stage 1 fitted into stores."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from denoising_vit.decomposition.inputs import fitting_batch
+from denoising_vit.artifact import KnownArtifact, artifact_digest
+from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.backbones.recorded import weights_key
+from denoising_vit.data import Dataset, Item
+from denoising_vit.decomposition.inputs import fitting_batch, given_artifact
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import DenoisingVitWarning, EvaluationError
-from denoising_vit.evaluation.data import EvaluationImage
-from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.files import compact, digest, write_tensors
-from denoising_vit.progress import prefetched
+from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet, described
+from denoising_vit.evaluation.patches import native_size
+from denoising_vit.evaluation.sources import FeatureSource, FieldSource
+from denoising_vit.files import atomic_path, compact, digest, write_tensors
+from denoising_vit.fit.job import FitJob
+from denoising_vit.fit.options import FitOptions
+from denoising_vit.progress import Progress, no_progress, prefetched
+from denoising_vit.store import FeatureStore
 from denoising_vit.views.crops import Crop
-from denoising_vit.views.patch_grid import check_side, nearest_sizes
-
-
-class Patches(Protocol):
-    """A backbone or a source of features."""
-
-    patch_size: int
-    stride: int
-
-
-def shown_size(size: int | tuple[int, int] | None, image: EvaluationImage, patches: Patches) -> tuple[int, int]:
-    """(H, W) in pixels of the model's input for an image: the given size, or its own, rounded to the patch grid."""
-    if size is None:
-        return native_size(image.height, image.width, patches.patch_size, patches.stride)
-    check_size(size, patches.patch_size, patches.stride)
-    return (size, size) if isinstance(size, int) else size
-
-
-def check_size(size: int | tuple[int, int] | None, patch_size: int, stride: int) -> None:
-    """Raise SizeError with the nearest valid sides unless whole patches cover the size."""
-    for side in () if size is None else (size,) if isinstance(size, int) else size:
-        check_side(side, patch_size, stride)
-
-
-def native_size(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int]:
-    """The nearest sides that fit the patch grid; of two equally near sides, the larger."""
-    down, across = (
-        max(nearest_sizes(side, patch_size, stride), key=lambda fitting: (-abs(fitting - side), fitting))
-        for side in (height, width)
-    )
-    return down, across
-
 
 #: Hex digits in the names of cached files.
 _DIGITS = 24
@@ -70,26 +49,14 @@ Shown = tuple[EvaluationImage, Crop]
 #: :func:`see` with its cache and progress already set.
 See = Callable[[FeatureSource, Sequence[Shown]], Iterator[Tensor]]
 
-Image = TypeVar("Image", bound=EvaluationImage)
-
-
-def whole_images(
-    images: Sequence[Image], size: int | tuple[int, int] | None, patches: Patches
-) -> list[tuple[Image, Crop]]:
-    """Images, each as one crop, at a size that fits the patch grid; with None, at their own size."""
-    return [(image, Crop.whole(shown_size(size, image, patches))) for image in images]
-
 
 @dataclass
 class FeatureCache:
     """Features on disk, one file per crop, up to a total size.
 
     Attributes:
-        folder: folder of the files; created if it does not exist.
+        folder: folder of the files, created if it does not exist; EvaluationError if that fails.
         limit: maximum size of all files in bytes.
-
-    Raises:
-        EvaluationError: if the folder cannot be created.
     """
 
     folder: Path
@@ -107,8 +74,8 @@ class FeatureCache:
     def path(self, source: FeatureSource, shown: Shown) -> Path:
         """File of the features of a crop."""
         image, crop = shown
-        whose = digest({"name": source.name, "identity": source.identity, "backbone": source.backbone}, _DIGITS)
-        return self.folder / whose / f"{digest({'image': image.digest, **asdict(crop)}, _DIGITS)}.safetensors"
+        key = digest({"name": source.name, "identity": source.identity, "backbone": source.backbone}, _DIGITS)
+        return self.folder / key / f"{digest({'image': image.digest, **asdict(crop)}, _DIGITS)}.safetensors"
 
     def get(self, path: Path) -> Tensor | None:
         """Features (h, w, C) float32; None if the file is missing or damaged."""
@@ -177,8 +144,8 @@ def _batches(
             waiting.clear()
 
     for image, crop in shown:
-        path = None if cache is None else cache.path(source, (image, crop))
-        found = None if cache is None or path is None else cache.get(path)
+        path = cache.path(source, (image, crop)) if cache else None
+        found = cache.get(path) if cache and path else None
         if found is not None:
             yield from flush()
             yield found, []
@@ -196,6 +163,94 @@ def _batches(
 def _forward(source: FeatureSource, waiting: _Waiting, cache: FeatureCache | None) -> Iterator[Tensor]:
     inputs = torch.stack([inputs for inputs, _ in waiting])
     for features, (_, path) in zip(source.features(inputs).cpu(), waiting, strict=True):
-        if cache is not None and path is not None:
+        if cache and path:
             cache.put(path, features)
         yield compact(features).float()
+
+
+# --- stage 1 ---
+
+
+def fitted_fields(
+    name: str,
+    data: EvaluationData,
+    folder: Path,
+    backbone: Backbone,
+    spec: BackboneSpec,
+    options: DenoiseOptions,
+    *,
+    artifact: KnownArtifact | None = None,
+    crops: Mapping[str, Sequence[Shown]] | None = None,
+    progress: Progress = no_progress,
+) -> FieldSource:
+    """Semantic fields of all images, fitted if they are not stored yet.
+
+    Without a size in the options, views have the common size of the images, or the backbone's default size if sizes
+    differ. If there are crops by split, each crop is fitted as an image of its own.
+
+    Raises:
+        EvaluationError: if an image could not be fitted.
+        FitError: if there is not enough disk space.
+        PlanError: if there are too few views.
+    """
+    options = replace(options, size=options.size or _common_size(data, backbone))  # one plan for all images
+    known = given_artifact(artifact, backbone, options)
+    identity: dict[str, Any] = options.recorded("nothing") | {"artifact": artifact_digest(known), "size": options.size}
+    splits = list(data.splits)
+    if crops is not None:
+        identity["of"] = "crop"
+        splits = [_cut(images, crops[images.split], folder) for images in splits]
+
+    def fitted(images: EvaluationSet[EvaluationImage]) -> FeatureStore:
+        items = [Item(image.id, str(image.photo)) for image in images.images]
+        dataset = Dataset(f"{images.split} images", items)
+        store = folder / store_name(images, backbone, spec, identity)
+        job = FitJob.prepare(dataset, store, spec, options, FitOptions(retry_failed=True), artifact, backbone)
+        with progress(f"{name}: {images.split} images fitted", len(items)) as advance:
+            for _ in job.store.done():
+                advance()
+            job.run(lambda _index, _reason: advance())
+        if failed := job.store.failed():
+            index, reason = min(failed.items())
+            raise EvaluationError(
+                f"{len(failed)} {images.split} images could not be fitted, so they cannot be evaluated; "
+                f"{items[index].id}: {reason}"
+            )
+        return job.store
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stores = {images.split: fitted(images) for images in splits}
+    return FieldSource(name, backbone, stores, identity, of_crops=crops is not None)
+
+
+def _cut(
+    images: EvaluationSet[EvaluationImage], shown: Sequence[Shown], folder: Path
+) -> EvaluationSet[EvaluationImage]:
+    """Save crops as images with the ids of their source images."""
+    cut = []
+    for image, crop in shown:
+        pixels = np.ascontiguousarray(crop.cut(image.pixels()))
+        about = described(image.split, image.id, image.photo, pixels)
+        path = folder / "crops" / f"{about['digest'][:24]}.png"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                Image.fromarray(pixels).save(temporary, "PNG")
+        cut.append(replace(image, **about | {"photo": path}))
+    return replace(images, images=tuple(cut))
+
+
+def store_name(
+    images: EvaluationSet[EvaluationImage], backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]
+) -> str:
+    """Name of a store; the same fields of the same photos have the same name in all tasks."""
+    settings = identity | asdict(spec) | {"digest": weights_key(backbone), "images": images.photos_digest}
+    return f"{images.split}-{digest(settings, 16)}"
+
+
+def _common_size(data: EvaluationData, backbone: Backbone) -> tuple[int, int]:
+    """The common size of all images, rounded to the patch grid; the backbone's default size if they differ."""
+    match list({images.common_size for images in data.splits}):
+        case [(height, width)]:
+            return native_size(height, width, backbone)
+    return backbone.default_size, backbone.default_size

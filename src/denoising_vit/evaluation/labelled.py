@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.data import Skipped
 from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet, described, shared_photos
 from denoising_vit.evaluation.layouts import (
     Layout,
     Pair,
+    Pairs,
     at_most,
     check_same_size,
     find_layout,
@@ -92,10 +92,7 @@ class LabelledSet(EvaluationSet[LabelledImage]):
     @cached_property
     def pixels(self) -> tuple[int, ...]:
         """Labelled pixels of each class, K of them."""
-        counts = np.zeros(len(self.class_names), dtype=np.int64)
-        for image in self.images:
-            counts += image.class_pixels
-        return tuple(counts.tolist())
+        return tuple(sum(image.class_pixels[label] for image in self.images) for label in range(len(self.class_names)))
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -157,28 +154,19 @@ class LabelledData(EvaluationData[LabelledSet]):
         return replace(self, score=tuple(name for name in names if name in score))
 
 
-class _Split(NamedTuple):
-    pairs: list[Pair]
-    skipped: list[Skipped]
-
-
 class _Files(NamedTuple):
     """Files of a data set, not yet read."""
 
     name: str
     class_names: tuple[str, ...]
     coding: Coding
-    train: _Split
-    val: _Split
+    train: Pairs
+    val: Pairs
     note: str | None = None
 
 
 def open_labelled(
-    path: str | Path,
-    *,
-    classes: Path | None = None,
-    images: int = 0,
-    progress: Callable[[], None] | None = None,
+    path: str | Path, *, classes: Path | None = None, images: int = 0, progress: Callable[[], None] | None = None
 ) -> LabelledData:
     """Open a labelled data set, reading every photo and mask once.
 
@@ -208,7 +196,7 @@ def open_labelled(
 
 
 def _opened(
-    root: Path, split: str, files: _Files, found: _Split, images: int, progress: Callable[[], None] | None
+    root: Path, split: str, files: _Files, found: Pairs, images: int, progress: Callable[[], None] | None
 ) -> LabelledSet:
     pairs = at_most(found.pairs, images)
     usable, failed = inspect_all(lambda pair: _inspect(split, pair, files.coding), pairs, progress)
@@ -287,7 +275,7 @@ def read_ade_names(table: Path) -> tuple[str, ...]:
 def _open_voc(root: Path, classes: Path | None) -> _Files:
     _refuse(classes, "VOC 2012")
     lists, photos, masks = root / "ImageSets" / "Segmentation", root / "JPEGImages", root / "SegmentationClass"
-    train, val = (_Split(*pairs_in_list(lists / f"{name}.txt", photos, masks)) for name in ("train", "val"))
+    train, val = (pairs_in_list(lists / f"{name}.txt", photos, masks) for name in ("train", "val"))
     # Only 255, the border around objects, means no label; the value right after the last class does not.
     coding = Coding(len(VOC_CLASSES), "VOC 2012", ignored=(255,))
     year = root.name.removeprefix("VOC")  # other years have the same layout
@@ -300,8 +288,7 @@ def _open_ade(root: Path, classes: Path | None) -> _Files:
     names = read_ade_names(root / "objectInfo150.txt")
     coding = Coding(ADE_CLASSES, "ADE20K", shift=1, ignored=(0, 255))
     train, val = (
-        _Split(*pairs_in_folders(root / "images" / name, root / "annotations" / name))
-        for name in ("training", "validation")
+        pairs_in_folders(root / "images" / name, root / "annotations" / name) for name in ("training", "validation")
     )
     return _Files("ADE20K", names, coding, train, val)
 
@@ -309,7 +296,7 @@ def _open_ade(root: Path, classes: Path | None) -> _Files:
 def _open_splits(root: Path, classes: Path | None, photos: str, masks: str) -> _Files:
     names, coding = _listed_classes(root, classes)
     train, val = (
-        _Split(*pairs_in_folders(root / photos.format(split=split), root / masks.format(split=split)))
+        pairs_in_folders(root / photos.format(split=split), root / masks.format(split=split))
         for split in ("train", "val")
     )
     return _Files(root.resolve().name, names, coding, train, val)
@@ -326,8 +313,8 @@ def _open_one_folder(root: Path, classes: Path | None) -> _Files:
             f"{len(pairs)}{reason}"
         )
     half = (len(pairs) + 1) // 2
-    train = _Split(pairs[:half], [entry for entry in skipped if entry.item < pairs[half].id])
-    val = _Split(pairs[half:], [entry for entry in skipped if entry.item >= pairs[half].id])
+    train = Pairs(pairs[:half], [entry for entry in skipped if entry.item < pairs[half].id])
+    val = Pairs(pairs[half:], [entry for entry in skipped if entry.item >= pairs[half].id])
     note = f"no splits in the folder: the first {half} of {len(pairs)} pairs by name are train, the others val"
     return _Files(root.resolve().name, names, coding, train, val, note)
 

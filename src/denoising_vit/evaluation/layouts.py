@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from denoising_vit.data import Skipped, spread
 from denoising_vit.data.listing import by_number, files_below, image_names
@@ -96,7 +96,7 @@ def _described(root: Path, entry: str) -> str:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Convert OSErrors of a folder (no permission, name too long) to EvaluationError."""
+    """Convert OSErrors of a file or folder (no permission, name too long) to EvaluationError."""
     try:
         yield
     except OSError as error:
@@ -104,19 +104,17 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def visible(folder: Path) -> list[Path]:
-    """Entries of a folder that are not hidden."""
-    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    """Entries of a folder that are not hidden; empty if it does not exist."""
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.is_dir() else []
 
 
 def folders_in(folder: Path) -> list[str]:
     """Names of the subfolders of a folder, sorted; empty if it does not exist."""
-    return sorted(entry.name for entry in visible(folder) if entry.is_dir()) if folder.is_dir() else []
+    return sorted(entry.name for entry in visible(folder) if entry.is_dir())
 
 
 def images_in(folder: Path) -> list[str]:
     """Names of the images in a folder, in natural order; empty if it does not exist."""
-    if not folder.is_dir():
-        return []
     names = image_names((entry.name for entry in visible(folder) if entry.is_file()), str(folder))
     return sorted(names, key=by_number)
 
@@ -133,12 +131,11 @@ def listed(folder: Path) -> str:
 
 def read_text(path: Path) -> str:
     """Read a text file."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: expected UTF-8 text, found other bytes ({error})") from error
-    except OSError as error:
-        raise EvaluationError(f"{path}: cannot be read ({error.strerror or error})") from error
+    with readable(path):
+        try:
+            return path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise EvaluationError(f"{path}: expected UTF-8 text, found other bytes ({error})") from error
 
 
 def read_lines(path: Path) -> list[str]:
@@ -158,10 +155,8 @@ def read_names(path: Path) -> tuple[list[str], list[Skipped]]:
 def read_sequences(path: Path) -> list[str]:
     """Read a DAVIS list: names of sequences (2017), or the files of each frame and its mask (2016)."""
     entries = [PurePosixPath(line.split()[0]) for line in read_names(path)[0]]
-    files = [entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries]
-    return list(
-        dict.fromkeys((entry.parent if file else entry).name for entry, file in zip(entries, files, strict=True))
-    )
+    folders = (entry.parent if entry.suffix.lower() in IMAGE_SUFFIXES else entry for entry in entries)
+    return list(dict.fromkeys(folder.name for folder in folders))
 
 
 Entry = TypeVar("Entry")
@@ -179,12 +174,7 @@ def at_most(entries: Sequence[Entry], count: int, what: str = "images") -> list[
 
 @dataclass(frozen=True)
 class Unread:
-    """A photo that has not been read yet.
-
-    Attributes:
-        id: path of the photo below its folder, with ``/`` as separator.
-        photo: file of the photo.
-    """
+    """A photo that has not been read yet; ``id`` is its path below its folder, with ``/`` as separator."""
 
     id: str
     photo: Path
@@ -197,7 +187,14 @@ class Pair(Unread):
     mask: Path
 
 
-def pairs_in_folders(photos: Path, masks: Path, what: str = "mask") -> tuple[list[Pair], list[Skipped]]:
+class Pairs(NamedTuple):
+    """Pairs not yet read, and skipped entries."""
+
+    pairs: list[Pair]
+    skipped: list[Skipped]
+
+
+def pairs_in_folders(photos: Path, masks: Path, what: str = "mask") -> Pairs:
     """Pair photos and masks by their path below each folder, without the extension; sorted by id.
 
     Photos without a mask, masks without a photo, and duplicate names are skipped.
@@ -218,7 +215,7 @@ def pairs_in_folders(photos: Path, masks: Path, what: str = "mask") -> tuple[lis
         for stem, name in mask_of.items()
         if stem not in photo_of
     ]
-    return pairs, sorted([*skipped_photos, *skipped_masks, *unpaired], key=lambda entry: entry.item)
+    return Pairs(pairs, sorted([*skipped_photos, *skipped_masks, *unpaired], key=lambda entry: entry.item))
 
 
 def _by_stem(folder: Path, what: str) -> tuple[dict[str, str], list[Skipped]]:
@@ -242,11 +239,11 @@ def by_stem(names: Iterable[str], what: str) -> tuple[dict[str, str], list[Skipp
     return found, skipped
 
 
-def pairs_in_list(names: Path, photos: Path, masks: Path) -> tuple[list[Pair], list[Skipped]]:
+def pairs_in_list(names: Path, photos: Path, masks: Path) -> Pairs:
     """Pair photos (.jpg) and masks (.png) by a list of names without extensions, in the list's order."""
     stems, repeated = read_names(names)
     pairs = [Pair(f"{stem}.jpg", photos / f"{stem}.jpg", masks / f"{stem}.png") for stem in stems]
-    return pairs, [Skipped(f"{entry.item}.jpg", entry.reason) for entry in repeated]
+    return Pairs(pairs, [Skipped(f"{entry.item}.jpg", entry.reason) for entry in repeated])
 
 
 def check_same_size(photo: tuple[int, ...], mask: tuple[int, ...], path: Path, what: str = "mask") -> None:
@@ -270,8 +267,8 @@ def inspect_all(
 ) -> tuple[list[Found], list[Skipped]]:
     """Read photos in a few threads, in order.
 
-    A photo that raises PhotoError, EvaluationError or OSError is skipped, with the error as the reason. Returns the
-    results of the usable photos, and the skipped ones.
+    Photos that raise PhotoError, EvaluationError or OSError are skipped. Returns the results of the usable photos, and
+    the skipped ones with the errors as reasons.
     """
 
     def inspected(item: Item) -> Found | Skipped:

@@ -91,6 +91,11 @@ def _hall(quantile: float, skew: float) -> float:
     return float(3 / skew * (np.cbrt(1 + skew * (quantile - skew / 6)) - 1))
 
 
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Part / whole, NaN where the whole is 0."""
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
+
+
 class Outcome(ABC):
     """Result of a task for each item: an image, a pair of images, an object. Subclasses are dataclasses of arrays.
 
@@ -165,16 +170,13 @@ class Measured(Outcome):
         if not self.there.any():
             raise EvaluationError(f"none of {self.items} items has a value of {self.METRICS[0]}")
         there = ~np.isnan(self.values)
-        sums = np.where(there, self.values, 0).sum(0)
-        means = np.divide(sums, there.sum(0), out=np.full(len(self.METRICS), np.nan), where=there.any(0))
+        means = ratio(np.where(there, self.values, 0).sum(0), there.sum(0))
         return dict(zip(self.METRICS, means.tolist(), strict=True))
 
     def drawn(self, weights: np.ndarray) -> np.ndarray:
         """Weighted mean of the main metric (rows,) for weights (rows, items)."""
         main, there = self.values[:, 0], self.there
-        counts = weights[:, there].sum(1)
-        sums = weights[:, there] @ main[there]
-        return np.divide(sums, counts, out=np.full(len(weights), np.nan), where=counts > 0)
+        return ratio(weights[:, there] @ main[there], weights[:, there].sum(1))
 
 
 def paired_interval(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Interval:

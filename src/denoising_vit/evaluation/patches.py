@@ -1,16 +1,60 @@
-"""Patch grids and pixels: labels of patches, interpolation to pixels, nearest neighbours."""
+"""Patch grids and pixels: input sizes, labels of patches, interpolation to pixels, nearest neighbours."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from denoising_vit.evaluation.data import EvaluationImage
 from denoising_vit.evaluation.masks import NO_LABEL
 from denoising_vit.views.crops import Crop
-from denoising_vit.views.patch_grid import patch_count
+from denoising_vit.views.patch_grid import check_side, nearest_sizes, patch_count
 from denoising_vit.views.plan import linear_weights
+
+Image = TypeVar("Image", bound=EvaluationImage)
+
+
+class Patches(Protocol):
+    """A backbone or a source of features."""
+
+    patch_size: int
+    stride: int
+
+
+def whole_images(
+    images: Sequence[Image], size: int | tuple[int, int] | None, patches: Patches
+) -> list[tuple[Image, Crop]]:
+    """Images, each as one crop, at a size that fits the patch grid; with None, at their own size."""
+    return [(image, Crop.whole(shown_size(size, image, patches))) for image in images]
+
+
+def shown_size(size: int | tuple[int, int] | None, image: EvaluationImage, patches: Patches) -> tuple[int, int]:
+    """(H, W) in pixels of the model's input for an image: the given size, or its own, rounded to the patch grid."""
+    if size is None:
+        return native_size(image.height, image.width, patches)
+    check_size(size, patches)
+    return (size, size) if isinstance(size, int) else size
+
+
+def check_size(size: int | tuple[int, int] | None, patches: Patches) -> None:
+    """Raise SizeError with the nearest valid sides unless whole patches cover the size."""
+    for side in () if size is None else (size,) if isinstance(size, int) else size:
+        check_side(side, patches.patch_size, patches.stride)
+
+
+def native_size(height: int, width: int, patches: Patches) -> tuple[int, int]:
+    """The nearest sides that fit the patch grid; of two equally near sides, the larger."""
+
+    def fitted(side: int) -> int:
+        sides = nearest_sizes(side, patches.patch_size, patches.stride)
+        return min(sides, key=lambda each: (abs(each - side), -each))
+
+    return fitted(height), fitted(width)
 
 
 def patch_counts(labels: Tensor, crop: Crop, classes: int, patch_size: int, stride: int) -> Tensor:
@@ -90,6 +134,20 @@ def to_image(scores: Tensor, height: int, width: int) -> Tensor:
         for count, have in zip((height, width), scores.shape[:2], strict=True)
     )
     return torch.einsum("yh,hwk,xw->yxk", down, scores, across)
+
+
+def crop_at(
+    top: int, left: int, shown: tuple[int, int], size: tuple[int, int], pads: tuple[int, int, int, int]
+) -> Crop:
+    """The crop of ``shown`` pixels (H, W) that starts at a row and a column of an image of ``size`` (H, W)."""
+    height, width = size
+    return Crop((left / width, top / height, (left + shown[1]) / width, (top + shown[0]) / height), shown, pads)
+
+
+def part_of(crop: Crop, height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of a crop from :func:`crop_at` in its image of H x W pixels."""
+    left, top = round(crop.box[0] * width), round(crop.box[1] * height)
+    return slice(top, top + crop.size[0]), slice(left, left + crop.size[1])
 
 
 def centre_pads(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int, int, int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ def _order(images: int, epoch: int, seed: int) -> np.ndarray:
 
 
 Probe = TypeVar("Probe", bound=nn.Module)
-
 
 #: Number of threads that decode and render samples.
 _THREADS = 4
@@ -147,19 +146,6 @@ def _restore(path: Path | None, probe: nn.Module, optimizer: torch.optim.Optimiz
 
 
 # --- samples ---
-
-
-class Samples(Protocol):
-    """Training samples of a probe."""
-
-    @property
-    def channels(self) -> int:
-        """Number of feature channels, C."""
-        ...
-
-    def loss(self, probe: Any, step: int) -> Tensor:
-        """Loss of a step's batch; it depends on the step only, so that training can resume at any step."""
-        ...
 
 
 Sample = TypeVar("Sample")

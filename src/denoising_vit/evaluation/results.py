@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class Record:
     @property
     def key(self) -> str:
         """Key that is equal for records of the same source and setting."""
-        return json.dumps([self.task, self.features, self.settings, self.published], sort_keys=True)
+        return _key(vars(self))
 
     def to_line(self) -> str:
         """The record as a line of JSON."""
@@ -187,9 +188,14 @@ class Results:
             ) from error
 
     def _remember(self, plain: dict[str, Any]) -> None:
-        key = json.dumps([plain["task"], plain["features"], plain["settings"], plain.get("published")], sort_keys=True)
+        key = _key(plain)
         if plain["failed"] is None:
             self._done[key] = plain
+
+
+def _key(record: Mapping[str, Any]) -> str:
+    identity = [record["task"], record["features"], record["settings"], record.get("published")]
+    return json.dumps(identity, sort_keys=True)
 
 
 def _is_incomplete(rest: bytes) -> bool:

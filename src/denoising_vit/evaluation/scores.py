@@ -11,7 +11,7 @@ from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.masks import NO_LABEL
-from denoising_vit.evaluation.outcomes import Outcome
+from denoising_vit.evaluation.outcomes import Outcome, ratio
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +61,14 @@ class Counts(Outcome):
     def drawn(self, weights: np.ndarray) -> np.ndarray:
         """Mean IoU (rows,) in percent for weights (rows, images); NaN if no weighted image has a label."""
         hits, truth, predicted = (weights @ values for values in (self.hits, self.truth, self.predicted))
-        iou = _ratio(hits, truth + predicted - hits)
+        iou = ratio(hits, truth + predicted - hits)
         there = ~np.isnan(iou)
-        return 100 * _ratio(np.where(there, iou, 0).sum(1), there.sum(1) * (truth.sum(1) > 0))
+        return 100 * ratio(np.where(there, iou, 0).sum(1), there.sum(1) * (truth.sum(1) > 0))
 
     def classes(self, data: Any) -> dict[str, dict[str, float | None]]:
         """IoU and Acc of each class of labelled data."""
         found = scores(self)
-        names = data.scored
-        return {name: {"IoU": found.iou[k], "Acc": found.acc[k]} for k, name in enumerate(names)}
+        return {name: {"IoU": found.iou[k], "Acc": found.acc[k]} for k, name in enumerate(data.scored)}
 
 
 def count(predicted: Tensor, truth: Tensor, classes: int) -> Counts:
@@ -121,7 +120,7 @@ def scores(counts: Counts) -> Scores:
     hits, truth, predicted = (values.sum(0).astype(float) for values in (counts.hits, counts.truth, counts.predicted))
     if not truth.sum():
         raise EvaluationError("no pixel of the evaluated images has a label; expected labelled masks")
-    iou, acc = _ratio(hits, truth + predicted - hits), _ratio(hits, truth)
+    iou, acc = ratio(hits, truth + predicted - hits), ratio(hits, truth)
     if np.isfinite(iou).sum() < 2:
         raise EvaluationError(
             f"only one of {len(iou)} classes occurs in masks or predictions; expected at least 2. Check that the mask "
@@ -134,11 +133,6 @@ def scores(counts: Counts) -> Scores:
         iou=_percent(iou),
         acc=_percent(acc),
     )
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Part / whole, NaN for 0 / 0."""
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
 
 
 def _percent(values: np.ndarray) -> tuple[float | None, ...]:

@@ -44,6 +44,7 @@ class FeatureSource(ABC):
         name: name in messages and tables.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
+        patch: patch_size and stride.
         identity: JSON values that determine the features, besides the backbone.
         backbone: JSON values that determine the backbone's features.
         device: device of the forward passes.
@@ -54,7 +55,8 @@ class FeatureSource(ABC):
         self.name, self.identity, self.cached = name, identity, cached
         self.backbone = backbone_settings(backbone)
         self._of = backbone
-        self.patch_size, self.stride, self.device = backbone.patch_size, backbone.stride, backbone.device
+        self.patch_size, self.stride = self.patch = backbone.patch_size, backbone.stride
+        self.device = backbone.device
 
     @abstractmethod
     def inputs(self, image: EvaluationImage, crop: Crop, colour: Colour | None = None) -> Tensor:
@@ -89,8 +91,7 @@ class FeatureSource(ABC):
     def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, h, w, C) and class tokens (B, 1, 1, C) of one forward pass.
 
-        Raises:
-            EvaluationError: if they are not finite or not a grid, or if there is no forward pass.
+        Raises EvaluationError if they are not finite or not a grid, or if there is no forward pass.
         """
 
     def _checked(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -131,8 +132,7 @@ class ExtractorSource(FeatureSource):
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Tensor:
         """Features (B, h, w, C) of rendered crops (B, 3, H, W)."""
-        grid = self._of.grid_size(*inputs.shape[2:])
-        return self._checked(self._extractor(inputs.to(self.device)), grid)
+        return self._checked(self._extractor(inputs.to(self.device)), self._of.grid_size(*inputs.shape[2:]))
 
     @property
     def raw(self) -> FeatureSource | None:
@@ -182,9 +182,9 @@ class ClassTokens(ExtractorSource):
 
 
 class FieldSource(FeatureSource):
-    """Semantic fields from stores, sampled at any crop; colour augmentation has no effect.
+    """Semantic fields from one store per split, sampled at any crop; colour augmentation has no effect.
 
-    Each split has a store with the ids of its images. With ``of_crops``, each crop was fitted as an image of its own.
+    With ``of_crops``, each crop was fitted as an image of its own.
     """
 
     def __init__(

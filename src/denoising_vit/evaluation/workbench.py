@@ -11,8 +11,7 @@ The first source is the reference for the others. A task raises PlanError if an 
 the size does not fit the patch grid, and EvaluationError for the wrong kind of data or an unknown name.
 
 A score has one value per item (see `outcomes`), so that the difference between two sources gets a paired interval. A
-task with training has ``evaluate(source, seeds)``, which yields ``(seed, outcome, curve)``. A new task needs its
-module, an entry in `results.TASKS`, and an entry in `VERBS` of `cli/app.py`.
+task with training creates its own :class:`Task`.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import DenoisingVitError, EvaluationError
 from denoising_vit.evaluation.data import EvaluationData
-from denoising_vit.evaluation.features import FeatureCache, Shown, check_size
-from denoising_vit.evaluation.fields import fitted_fields
+from denoising_vit.evaluation.features import FeatureCache, Shown, fitted_fields
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.outcomes import METHOD, Curve, Outcome, paired_interval, record_of
+from denoising_vit.evaluation.patches import check_size
 from denoising_vit.evaluation.results import Record, Results, main_metric
 from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.sources import ExtractorSource, FeatureSource, Normalisation, backbone_settings
@@ -192,7 +191,7 @@ class Workbench:
             SizeError: if the size does not fit the patch grid.
             EvaluationError: if a name is unknown.
         """
-        check_size(task.size, self.backbone.patch_size, self.backbone.stride)
+        check_size(task.size, self.backbone)
         if taken := KINDS.keys() & self.extractors.keys():
             raise EvaluationError(f"extractors must not have the built-in names {', '.join(sorted(taken))}")
         known = (*KINDS, *self.extractors)
@@ -231,7 +230,7 @@ class Workbench:
     @cached_property
     def _settings(self) -> dict[str, Any]:
         data = self.data
-        content = hashlib.sha256(" ".join(images.digest for images in data.splits).encode()).hexdigest()[:16]
+        content = _text_digest(" ".join(images.digest for images in data.splits), 16)
         about: dict[str, Any] = {"name": data.name, "layout": data.layout, "digest": content}
         if isinstance(data, LabelledData) and data.score:
             about["scored"] = list(data.score)
@@ -308,8 +307,7 @@ class Workbench:
             extractor, identity = self.cleaners.extractor(name, self.backbone)
         if task.normalisation == "own":
             return ExtractorSource(name, self.backbone, extractor, identity)
-        identity = identity | {"normalisation": task.normalisation}
-        return ExtractorSource(name, self.backbone, extractor, identity, IMAGENET)
+        return ExtractorSource(name, self.backbone, extractor, identity | {"normalisation": "imagenet"}, IMAGENET)
 
     def _fields(self, name: str, task: Task) -> FeatureSource:
         if self.exact.method != "exact":

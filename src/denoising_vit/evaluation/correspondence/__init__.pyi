@@ -1,4 +1,4 @@
-# The names of this room and where each is defined: read by type checkers, and by lazy_loader on first use.
+# The names of this package and where each is defined: read by type checkers, and by lazy_loader on first use.
 from .davis import ClipData, Frame, open_clips
 from .keypoint_matching import Matched, MatchingOptions, match, matching
 from .label_propagation import Propagated, PropagationOptions, propagate, propagation

@@ -241,17 +241,15 @@ def _read_frame(files: _Files, coding: Objects, size: tuple[int, int] | None = N
             f"expected {size[1]} x {size[0]} pixels as in the sequence's first frame, got {width} x {height}"
         )
 
-    def frame(mask: Path | None, mask_digest: str) -> Frame:
-        shown = described("val", files.id, files.photo, photo)
-        return Frame(**shown, sequence=files.sequence, mask=mask, coding=coding, mask_digest=mask_digest)
-
+    shown = described("val", files.id, files.photo, photo)
+    bare = Frame(**shown, sequence=files.sequence, mask=None, coding=coding, mask_digest="")
     if files.mask is None:
-        return _Read(frame(None, ""))
+        return _Read(bare)
     try:
         values = mask_values(files.mask)
         check_same_size(photo.shape, values.shape, files.mask)
         labels, others = coding.labels(values, str(files.mask))
     except (EvaluationError, OSError) as error:
-        return _Read(frame(None, ""), reason=str(error))
+        return _Read(bare, reason=str(error))
     # Little-endian int32: the same on every machine.
-    return _Read(frame(files.mask, photo_digest(labels.astype("<i4"))), others)
+    return _Read(replace(bare, mask=files.mask, mask_digest=photo_digest(labels.astype("<i4"))), others)

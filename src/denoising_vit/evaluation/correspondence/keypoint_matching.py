@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.evaluation.correspondence.pairs import KeypointPair, PairData, PairedPhoto, Point
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.options import MatchingOptions
 from denoising_vit.evaluation.outcomes import Measured
-from denoising_vit.evaluation.patches import at_places, at_points
+from denoising_vit.evaluation.patches import at_places, at_points, whole_images
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.views.crops import Crop
@@ -85,7 +85,6 @@ def match(
     options.validate()
     described: dict[tuple[str, Point], Tensor] = {}
     by_source, by_target = _grouped(data)
-    grid = source.patch_size, source.stride
 
     def shown_of(ids: Mapping[str, object]) -> Sequence[tuple[PairedPhoto, Crop]]:
         return whole_images([photo for photo in data.val.images if photo.id in ids], options.size, source)
@@ -94,7 +93,7 @@ def match(
     for (photo, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
         points = list(dict.fromkeys(point for _, pair in by_source[photo.id] for point in pair.source_points))
         places = to_shown(points, photo.height, photo.width, crop.size)
-        found = at_points(features.to(source.device), places, *grid)
+        found = at_points(features.to(source.device), places, *source.patch)
         described.update(((photo.id, point), feature) for point, feature in zip(points, found, strict=True))
 
     errors: list[np.ndarray] = [np.empty(0)] * len(data.pairs)
@@ -102,7 +101,7 @@ def match(
     for (photo, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
         pairs = by_target[photo.id]
         queries = torch.stack([described[pair.source, point] for _, pair in pairs for point in pair.source_points])
-        places = best_places(queries, features.to(source.device), *grid, options.upsample)
+        places = best_places(queries, features.to(source.device), *source.patch, options.upsample)
         found = from_shown(places, photo.height, photo.width, crop.size)
         start = 0
         for number, pair in pairs:

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.evaluation.correspondence.davis import ClipData, Frame
-from denoising_vit.evaluation.features import FeatureCache, see, shown_size, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.masks import NO_LABEL
 from denoising_vit.evaluation.options import PropagationOptions
 from denoising_vit.evaluation.outcomes import Measured
-from denoising_vit.evaluation.patches import at_places
+from denoising_vit.evaluation.patches import at_places, shown_size, whole_images
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.views.crops import Crop
@@ -78,7 +78,7 @@ def _follow(
 ) -> np.ndarray:
     """J&F, J and F of the objects of one sequence, (objects, 3) in percent; consumes the features of its frames."""
     first = frames[0]
-    grid = shown_size(options.size, first, source), source.patch_size, source.stride
+    grid = shown_size(options.size, first, source), *source.patch
     start = at_patches(first.labels(), first.objects, *grid).to(source.device)
     evaluated = evaluated_frames(frames)
     sequence = (next(features).to(source.device) for _ in frames)
@@ -99,8 +99,7 @@ def evaluated_frames(frames: Sequence[Frame]) -> frozenset[int]:
 # --- labels of patches ---
 
 
-@dataclass(frozen=True, eq=False)
-class Held:
+class Held(NamedTuple):
     """One frame of the context: normalised features (h, w, C), and label weights (h, w, K) in [0, 1]."""
 
     features: Tensor
@@ -139,8 +138,7 @@ def carried(target: Tensor, context: Sequence[Held], *, k: int, radius: int, tem
     """
     h, w, channels = target.shape
     # Rows first, so that the rows around a patch are contiguous: (h, n, w, ...).
-    features = torch.stack([held.features for held in context], dim=1)
-    labels = torch.stack([held.labels for held in context], dim=1)
+    features, labels = (torch.stack(parts, dim=1) for parts in zip(*context, strict=True))
     columns = torch.arange(w, device=target.device)
     far = (columns[:, None] - columns).abs() > (radius or w)  # (w, w)
     found = []

@@ -28,6 +28,7 @@ from denoising_vit.evaluation.layouts import (
     readable,
     require_usable,
 )
+from denoising_vit.files import parse_json
 
 #: (x, y) in pixels; the centre of the top left pixel is (0, 0).
 Point = tuple[float, float]
@@ -197,12 +198,12 @@ def _find_spair(root: Path, split: str, count: int) -> list[_Annotated | Skipped
 
 def _spair_pair(path: Path, name: str) -> _Annotated | Skipped:
     try:
-        return _spair_content(name, json.loads(path.read_bytes()))
+        return _spair_content(name, parse_json(path.read_bytes()))
     except FileNotFoundError:
         return Skipped(name, f"no such file: {path}")
     except EvaluationError as error:
         return Skipped(name, f"{path}: {error}")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         return Skipped(name, f"{path}: expected a pair as JSON ({error})")
 
 
@@ -243,8 +244,8 @@ def _find_keypoints(root: Path, _split: str, count: int) -> list[_Annotated | Sk
         for name in images_in(root / "images" / below):
             path, id = (root / "keypoints" / below / name).with_suffix(".json"), (below / name).as_posix()
             try:
-                photos.append((below, id, *_keypoints(json.loads(path.read_bytes()))))
-            except (OSError, ValueError, RecursionError, EvaluationError) as error:
+                photos.append((below, id, *_keypoints(parse_json(path.read_bytes()))))
+            except (OSError, ValueError, EvaluationError) as error:
                 reason = "no such file" if isinstance(error, FileNotFoundError) else error
                 found.append(Skipped(id, f"{path}: expected keypoints as JSON ({reason})"))
     shared = [

@@ -23,6 +23,7 @@ from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, Evalu
 from denoising_vit.evaluation.layouts import (
     Layout,
     Pair,
+    Pairs,
     at_most,
     check_same_size,
     find_layout,
@@ -73,9 +74,9 @@ class DepthImage(EvaluationImage):
     def pixels(self) -> np.ndarray:
         """The photo, (H, W, 3) uint8."""
         pixels = super().pixels()
-        if not self.angle:
-            return pixels
-        return np.asarray(Image.fromarray(pixels).rotate(self.angle, Image.Resampling.BILINEAR))
+        if self.angle:
+            pixels = np.asarray(Image.fromarray(pixels).rotate(self.angle, Image.Resampling.BILINEAR))
+        return pixels
 
     def metres(self) -> Tensor:
         """Depth (H, W) float32 in metres, 0 where unknown."""
@@ -171,11 +172,11 @@ def open_depth(
     layout, root = find_layout(path, _LAYOUTS)
     if layout.name != NYU and any((root / name).is_file() for name in _LAYOUTS[0].required):
         find_layout(path, _LAYOUTS[:1])  # raises: NYUv2 with a missing list must not match another layout
-    inspect = functools.partial(_inspected, scale=scale, layout=layout.name)
     splits, files = [], layout.open(root)
     for split, (pairs, skipped) in files.items():
         pairs = at_most(pairs, images)
-        usable, failed = inspect_all(functools.partial(inspect, split=split), pairs, progress)
+        inspect = functools.partial(_inspected, split=split, scale=scale, layout=layout.name)
+        usable, failed = inspect_all(inspect, pairs, progress)
         failed = [*skipped, *failed]
         require_usable(usable, f"photos with depth maps in the split {split}", len(pairs), failed, path)
         _require_plausible(path, split, [median for _, median in usable], scale)
@@ -193,14 +194,11 @@ def open_depth(
     return DepthData(path.name, layout.name, tuple(splits), note, blocks=blocks)
 
 
-_Files = tuple[list[Pair], list[Skipped]]
-
-
-def _nyu(root: Path) -> dict[str, _Files]:
+def _nyu(root: Path) -> dict[str, Pairs]:
     return {"train": _listed(root, root / "nyu_train.txt"), "val": _listed(root, root / "nyu_test.txt")}
 
 
-def _folder(root: Path) -> _Files:
+def _folder(root: Path) -> Pairs:
     photos, depths = (
         next(root / name for name in names if (root / name).is_dir())
         for names in (("rgb", "images"), ("depth", "depths"))
@@ -211,7 +209,7 @@ def _folder(root: Path) -> _Files:
 _FOLDERS = "photos and 16-bit depth maps (PNG) of the same names"
 
 #: The first match is used.
-_LAYOUTS: Sequence[Layout[Callable[[Path], dict[str, _Files]]]] = (
+_LAYOUTS: Sequence[Layout[Callable[[Path], dict[str, Pairs]]]] = (
     Layout("NYUv2", ("nyu_train.txt", "nyu_test.txt"), _nyu, name=NYU),
     Layout(_FOLDERS, ("rgb|images", "depth|depths"), lambda root: {"val": _folder(root)}, name="folders"),
     Layout(
@@ -223,7 +221,7 @@ _LAYOUTS: Sequence[Layout[Callable[[Path], dict[str, _Files]]]] = (
 )
 
 
-def _listed(root: Path, path: Path) -> _Files:
+def _listed(root: Path, path: Path) -> Pairs:
     """Pairs of a list, sorted by photo as in the published code, without lines that have no depth map."""
     pairs: dict[str, Pair] = {}
     skipped = []
@@ -245,7 +243,7 @@ def _listed(root: Path, path: Path) -> _Files:
             pairs[photo] = Pair(photo, root / photo, root / depth)
     if not pairs:
         raise EvaluationError(f"{path}: expected a photo, a depth map and a focal length per line, found none")
-    return [pairs[photo] for photo in sorted(pairs)], skipped
+    return Pairs([pairs[photo] for photo in sorted(pairs)], skipped)
 
 
 def scenes_of(train: Sequence[str], val: Sequence[str]) -> dict[str, int]:

@@ -18,10 +18,10 @@ from denoising_vit.evaluation.depth.data import NYU, DepthData, DepthImage, bloc
 from denoising_vit.evaluation.depth.probe import DepthProbe
 from denoising_vit.evaluation.depth.protocol import DepthOptions, DepthProtocol
 from denoising_vit.evaluation.depth.samples import NYU_PART, DepthCrops, KeptDepth, Part
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.options import recorded
 from denoising_vit.evaluation.outcomes import Curve, Measured
-from denoising_vit.evaluation.patches import centre_pads
+from denoising_vit.evaluation.patches import centre_pads, whole_images
 from denoising_vit.evaluation.probing import train
 from denoising_vit.evaluation.sources import FeatureSource, no_augmented_fields
 from denoising_vit.evaluation.workbench import Line, Task, Workbench
@@ -76,10 +76,7 @@ def evaluate_probe(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Errors of each image, (images, metrics).
-
-    If ``part`` is given, only its rows and columns are evaluated.
-    """
+    """Errors of each image, (images, metrics); if ``part`` is given, only of its rows and columns."""
     rows, columns = (slice(*part[0]), slice(*part[1])) if part else (slice(None), slice(None))
     if protocol.augment:
         predicted = _padded(probe, source, images, protocol)
@@ -103,26 +100,25 @@ def _resized(
 ) -> Iterator[Tensor]:
     """Depth (H, W) of each image, from features of the whole image resized to the patch grid."""
     shown = whole_images(images.images, protocol.size, source)
-    patch = source.patch_size, source.stride
     features = see(source, shown, cache)
     tokens = see(source.class_tokens(), shown, cache) if protocol.class_token else iter([None] * len(shown))
     for (image, crop), one, token in zip(shown, features, tokens, strict=True):
         token = None if token is None else token[None].to(source.device)
-        yield probe.at_pixels(one[None].to(source.device), token, *crop.places(image.height, image.width), patch)[0]
+        places = crop.places(image.height, image.width)
+        yield probe.at_pixels(one[None].to(source.device), token, *places, source.patch)[0]
 
 
 def _padded(
     probe: DepthProbe, source: FeatureSource, images: EvaluationSet[DepthImage], protocol: DepthProtocol
 ) -> Iterator[Tensor]:
     """Depth (H, W) of each image at its own size, padded; averaged with its mirror image for ``flip_test``."""
-    patch = source.patch_size, source.stride
     for image in images.images:
         size = image.height, image.width
-        crop = Crop((0.0, 0.0, 1.0, 1.0), size, centre_pads(*size, *patch))
+        crop = Crop((0.0, 0.0, 1.0, 1.0), size, centre_pads(*size, *source.patch))
         crops = [crop, replace(crop, flip=True)] if protocol.flip_test else [crop]
         features, token = source.features_and_class(torch.stack([source.inputs(image, one) for one in crops]))
         places = crop.places_shown(crop.size if protocol.pads == "stretched" else None)
-        depth = probe.at_pixels(features, token if protocol.class_token else None, *places, patch)
+        depth = probe.at_pixels(features, token if protocol.class_token else None, *places, source.patch)
         # Both are clamped before averaging, as published.
         depth = depth.clamp(protocol.nearest, protocol.farthest)
         yield depth[0] if len(depth) == 1 else (depth[0] + depth[1].flip(1)) / 2
@@ -130,10 +126,7 @@ def _padded(
 
 @dataclass(frozen=True)
 class LinearDepth:
-    """Depth by linear probes on one source of features.
-
-    Interrupted trainings resume from their files in ``checkpoints``.
-    """
+    """Depth by linear probes on a source; interrupted trainings resume from their files in ``checkpoints``."""
 
     source: FeatureSource
     data: DepthData

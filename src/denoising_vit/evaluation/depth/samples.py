@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -15,8 +15,8 @@ from denoising_vit.evaluation.data import EvaluationSet
 from denoising_vit.evaluation.depth.data import DepthImage
 from denoising_vit.evaluation.depth.probe import DepthProbe, depth_loss, within
 from denoising_vit.evaluation.depth.protocol import DepthProtocol
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
-from denoising_vit.evaluation.patches import centre_pads
+from denoising_vit.evaluation.features import FeatureCache, see
+from denoising_vit.evaluation.patches import centre_pads, crop_at, part_of, whole_images
 from denoising_vit.evaluation.probing import RandomSamples, chosen
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.files import compact
@@ -62,8 +62,7 @@ class Drawn:
     def truth(self) -> Tensor:
         """Depth (H, W) of the crop in metres without its pads, 0 where it is unknown."""
         metres = self.image.metres()
-        left, top = round(self.crop.box[0] * metres.shape[1]), round(self.crop.box[1] * metres.shape[0])
-        part = metres[top : top + self.crop.size[0], left : left + self.crop.size[1]]
+        part = metres[part_of(self.crop, *metres.shape)]
         return part.flip(1) if self.crop.flip else part
 
 
@@ -82,8 +81,8 @@ def draw(
     flip = bool(chance.random() < protocol.flip)
     top += int(chance.integers(bottom - top - height + 1))
     left += int(chance.integers(right - left - width + 1))
-    box = (left / image.width, top / image.height, (left + width) / image.width, (top + height) / image.height)
-    crop = Crop(box, (height, width), centre_pads(height, width, *patch), flip=flip)
+    crop = crop_at(top, left, protocol.crop, (image.height, image.width), centre_pads(height, width, *patch))
+    crop = replace(crop, flip=flip)
     return Drawn(image.rotated(angle) if turned and protocol.rotate else image, crop, _colours(protocol, chance))
 
 
@@ -107,11 +106,7 @@ def _colours(protocol: DepthProtocol, chance: np.random.Generator) -> Colours | 
 
 
 class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
-    """Random crops, rendered and passed through the model in every step, as published.
-
-    They are drawn from the ``part`` of rows and columns, or from whole images if that is None; either must be at least
-    as large as a crop.
-    """
+    """Random crops of a part of each image, rendered and passed through the model in every step, as published."""
 
     def __init__(
         self,
@@ -139,8 +134,8 @@ class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
         features, token = self._source.features_and_class(torch.stack([inputs for inputs, _, _ in drawn]))
         crop = drawn[0][1].crop
         rows, columns = crop.places_shown(crop.size if protocol.pads == "stretched" else None)
-        patch = self._source.patch_size, self._source.stride
-        depth = probe.at_pixels(features, token if protocol.class_token else None, rows, columns, patch)
+        token = token if protocol.class_token else None
+        depth = probe.at_pixels(features, token, rows, columns, self._source.patch)
         truth = torch.stack([truth for _, _, truth in drawn]).to(depth.device)
         together = protocol.together or len(truth)
         losses = [
@@ -152,8 +147,7 @@ class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
     def _draw(self, index: int, step: int, place: int) -> tuple[Tensor, Drawn, Tensor]:
         """Input of the forward pass, the sample, and its depth (H, W)."""
         chance = np.random.default_rng([self._seed, _CROPS, step, place])
-        patch = self._source.patch_size, self._source.stride
-        drawn = draw(self._images[index], self._protocol, self._part, patch, chance)
+        drawn = draw(self._images[index], self._protocol, self._part, self._source.patch, chance)
         inputs = self._source.inputs(drawn.image, drawn.crop, drawn.colours)
         return inputs, drawn, within(drawn.truth(), self._protocol.farthest)
 
@@ -191,8 +185,8 @@ class KeptDepth:
         shown = whole_images(images.images, protocol.size, source)
         features = [compact(one) for one in see(source, shown, cache, progress)]
         tokens = [compact(one) for one in see(source.class_tokens(), shown, cache)] if protocol.class_token else []
-        patch = source.patch_size, source.stride
-        truths = [_at_patches(within(image.metres(), protocol.farthest), crop.size, patch) for image, crop in shown]
+        metres = ((within(image.metres(), protocol.farthest), crop.size) for image, crop in shown)
+        truths = [_at_patches(depth, size, source.patch) for depth, size in metres]
         return cls(features, tokens, truths, protocol, source.device)
 
     @property

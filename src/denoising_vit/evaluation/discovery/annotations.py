@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import Box
 from denoising_vit.evaluation.layouts import check_same_size, read_lines, read_text
 from denoising_vit.evaluation.masks import MAX_OBJECTS, WHITE, read_values
+from denoising_vit.files import parse_json
 
 #: Maximum size of an XML file in bytes; typical VOC files have a few thousand.
 _MAX_XML_BYTES = 10_000_000
@@ -140,8 +140,8 @@ class VocObjects:
         if not chosen:
             only = f"{len(every)} that are all difficult or truncated" if every else "none"
             raise EvaluationError(f"{self.path}: expected objects, found {only}")
-        said = [_text(root, f"size/{side}") for side in ("height", "width")]
-        rows, columns = (int(side) if side.isdecimal() else 0 for side in said)
+        texts = [_text(root, f"size/{side}") for side in ("height", "width")]
+        rows, columns = (int(text) if text.isdecimal() else 0 for text in texts)
         size = (rows, columns) if rows and columns else None
         return fitting_boxes(self.path, size, height, width, map(_xml_box, chosen))
 
@@ -220,8 +220,8 @@ def _read(path: Path) -> tuple[dict[str, CocoObjects], list[Skipped]]:
     if not path.is_file():
         raise EvaluationError(f"{path}: no such file; {_EXPECTED}")
     try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(read_text(path))
+    except ValueError as error:
         raise EvaluationError(f"{path}: damaged JSON ({error}); {_EXPECTED}") from error
     images, annotations = (_entries(content, key, path) for key in ("images", "annotations"))
     entries: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -285,10 +285,9 @@ def coco_photos(
         skipped += unknown
     ordered = sorted(photos.values(), key=lambda photo: photo.name)
     folder = _folder_of(ordered, folders, source)
-    there = [(folder / photo.name).is_file() for photo in ordered]
-    missing = [photo.name for photo, exists in zip(ordered, there, strict=True) if not exists]
-    skipped += _missing(missing, folder, source)
-    return [photo for photo, exists in zip(ordered, there, strict=True) if exists], folder, skipped
+    there = [photo for photo in ordered if (folder / photo.name).is_file()]
+    missing = {photo.name for photo in ordered} - {photo.name for photo in there}
+    return there, folder, skipped + _missing(sorted(missing), folder, source)
 
 
 def _named(photos: dict[str, CocoObjects], names: Path, source: Path) -> tuple[dict[str, CocoObjects], list[Skipped]]:

@@ -240,11 +240,9 @@ def _open_folders(root: Path, options: _Options) -> _Found:
 
 def _masked(photos: Path, masks: Path, *, in_sequences: bool) -> tuple[list[_Candidate], list[Skipped]]:
     pairs, skipped = pairs_in_folders(photos, masks)
-
-    def sequence(id: str) -> str:
-        return PurePosixPath(id).parts[0] if in_sequences else id
-
-    return [_Candidate(pair.id, pair.photo, MaskObjects(pair.mask), sequence(pair.id)) for pair in pairs], skipped
+    sequences = [PurePosixPath(pair.id).parts[0] if in_sequences else pair.id for pair in pairs]
+    found = zip(pairs, sequences, strict=True)
+    return [_Candidate(pair.id, pair.photo, MaskObjects(pair.mask), sequence) for pair, sequence in found], skipped
 
 
 _AROUND = "boxes enclose the objects of masks"

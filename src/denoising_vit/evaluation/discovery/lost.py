@@ -26,9 +26,10 @@ from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import Box
 from denoising_vit.evaluation.discovery.annotations import CellBox, box_around
 from denoising_vit.evaluation.discovery.layouts import DAVIS, BoxedData
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.options import DiscoveryOptions, SeedBy
 from denoising_vit.evaluation.outcomes import Measured
+from denoising_vit.evaluation.patches import whole_images
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
 
@@ -166,7 +167,7 @@ def localise(
     for (image, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
         found = find_object(features, options.seed_by, options.k, centred=options.centred)
         size = (image.height, image.width)
-        box = on_image(found.box, found.mask.shape, source.patch_size, source.stride, crop.size, size)
+        box = on_image(found.box, found.mask.shape, *source.patch, crop.size, size)
         hits.append(100.0 if best_overlap(box, image.boxes) >= options.iou else 0.0)
     _, groups = np.unique([image.sequence for image, _ in shown], return_inverse=True)
     return Localised(np.array(hits)[:, None], groups.astype(np.int64))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation import outcomes
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.labelled import LabelledData, LabelledSet
 from denoising_vit.evaluation.options import recorded
-from denoising_vit.evaluation.patches import at_places, centre_pads, to_image, to_pixels
-from denoising_vit.evaluation.probing import Curve, Samples, train
+from denoising_vit.evaluation.patches import at_places, centre_pads, crop_at, part_of, to_image, to_pixels, whole_images
+from denoising_vit.evaluation.probing import Curve, train
 from denoising_vit.evaluation.scores import Counts, count, scores
 from denoising_vit.evaluation.segmentation.protocol import Protocol, SegmentationOptions
 from denoising_vit.evaluation.segmentation.samples import KeptFeatures, RandomCrops, scaled_size
@@ -56,7 +56,7 @@ def evaluate_probe(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Counts:
-    """Evaluate a probe: counts over the labelled pixels of each image."""
+    """Counts over the labelled pixels of each image."""
     predict = _by_windows if protocol.augment else _at_once
     found = []
     for image, predicted in zip(images.images, predict(probe, source, images, protocol, cache), strict=True):
@@ -73,15 +73,8 @@ def windows(height: int, width: int, protocol: Protocol, patch: tuple[int, int])
         for full in (height, width)
     )
     shown = min(side, height), min(side, width)
-    return [
-        Crop(
-            (left / width, top / height, (left + shown[1]) / width, (top + shown[0]) / height),
-            shown,
-            centre_pads(*shown, *patch),
-        )
-        for top in tops
-        for left in lefts
-    ]
+    pads = centre_pads(*shown, *patch)
+    return [crop_at(top, left, shown, (height, width), pads) for top in tops for left in lefts]
 
 
 def _at_once(
@@ -91,31 +84,25 @@ def _at_once(
     shown = whole_images(images.images, protocol.size, source)
     for (image, crop), features in zip(shown, see(source, shown, cache), strict=True):
         patches = probe(features.to(source.device)).cpu()
-        yield at_places(patches, *crop.places(image.height, image.width), source.patch_size, source.stride)
+        yield at_places(patches, *crop.places(image.height, image.width), *source.patch)
 
 
 def _by_windows(
     probe: LinearProbe, source: FeatureSource, images: LabelledSet, protocol: Protocol, _cache: FeatureCache | None
 ) -> Iterator[Tensor]:
     """Scores (H, W, K) at the pixels of each mask, averaged over overlapping windows of the scaled image."""
-    patch = source.patch_size, source.stride
     for image in images.images:
         height, width = scaled_size(image.height, image.width, protocol.short_side, protocol.long_side)
-        crops = windows(height, width, protocol, patch)
+        crops = windows(height, width, protocol, source.patch)
         total = torch.zeros(height, width, image.classes)
         times = torch.zeros(height, width, 1)
         stacked = source.features(torch.stack([source.inputs(image, crop) for crop in crops]))
         for crop, features in zip(crops, stacked, strict=True):
-            rows, columns = _part(crop, height, width)
+            rows, columns = part_of(crop, height, width)
             frame = crop.size if protocol.pads == "stretched" else None
-            total[rows, columns] += to_pixels(probe(features), crop, *patch, frame).cpu()
+            total[rows, columns] += to_pixels(probe(features), crop, *source.patch, frame).cpu()
             times[rows, columns] += 1
         yield to_image(total / times, image.height, image.width)
-
-
-def _part(crop: Crop, height: int, width: int) -> tuple[slice, slice]:
-    left, top = round(crop.box[0] * width), round(crop.box[1] * height)
-    return slice(top, top + crop.size[0]), slice(left, left + crop.size[1])
 
 
 # --- the task ---
@@ -133,10 +120,7 @@ def by_protocol(
     seeds: tuple[int, ...],
     published: dict[str, str] | None = None,
 ) -> Iterator[Line]:
-    """Like :func:`segmentation`, with every setting of the protocol given.
-
-    ``published`` has the model and variant of the published row that is reproduced, if any.
-    """
+    """Like :func:`segmentation`, with every setting of the protocol given."""
     data = bench.labelled
     settings = recorded(protocol)
 
@@ -159,7 +143,7 @@ def by_protocol(
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """Result of a probe: counts of each validation image, and its training curve, which is only recorded."""
+    """A probe's counts of each validation image, and its training curve."""
 
     seed: int
     counts: Counts
@@ -197,8 +181,11 @@ def linear_segmentation(
         with progress(f"{source.name}: train images", len(data.train.images)) as advance:
             kept = KeptFeatures.take(source, data.train, protocol, cache, advance)
     for seed in seeds:
+        samples = (
+            RandomCrops(source, data.train, protocol, seed) if kept is None else nullcontext(replace(kept, seed=seed))
+        )
         steps = progress(f"{source.name}, seed {seed}: steps", protocol.steps)
-        with _samples(kept, source, data, protocol, seed) as samples, steps as advance:
+        with samples as samples, steps as advance:
             probe = LinearProbe(samples.channels, classes, seed).to(source.device)
             curve = train(
                 probe,
@@ -211,11 +198,3 @@ def linear_segmentation(
         with progress(f"{source.name}, seed {seed}: val images", len(data.val.images)) as advance:
             counts = evaluate_probe(probe, source, data.val, protocol, cache, advance)
         yield Trained(seed, counts, curve)
-
-
-def _samples(
-    kept: KeptFeatures | None, source: FeatureSource, data: LabelledData, protocol: Protocol, seed: int
-) -> contextlib.AbstractContextManager[Samples]:
-    if kept is not None:
-        return contextlib.nullcontext(replace(kept, seed=seed))
-    return RandomCrops(source, data.train, protocol, seed)

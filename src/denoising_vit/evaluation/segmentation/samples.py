@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.labelled import LabelledImage, LabelledSet
 from denoising_vit.evaluation.masks import NO_LABEL
-from denoising_vit.evaluation.patches import centre_pads, patch_counts, to_pixels
+from denoising_vit.evaluation.patches import centre_pads, crop_at, patch_counts, to_pixels, whole_images
 from denoising_vit.evaluation.probing import RandomSamples, chosen
 from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.evaluation.sources import FeatureSource
@@ -49,8 +49,7 @@ def training_crop(labels: Tensor, protocol: Protocol, patch: tuple[int, int], ch
         if _mixed(labels_of(crop, labels), protocol.most):
             break
         crop = _crop_at(height, width, protocol.crop, patch, chance)
-    flip = bool(chance.random() < protocol.flip)
-    return Crop(crop.box, crop.size, crop.pads, flip=flip)
+    return replace(crop, flip=bool(chance.random() < protocol.flip))
 
 
 def labels_of(crop: Crop, labels: Tensor) -> Tensor:
@@ -84,9 +83,9 @@ def distort(image: Tensor, chance: np.random.Generator) -> Tensor:
 def _crop_at(height: int, width: int, side: int, patch: tuple[int, int], chance: np.random.Generator) -> Crop:
     shown = min(side, height), min(side, width)
     top, left = (int(chance.integers(full - part + 1)) for full, part in zip((height, width), shown, strict=True))
-    box = (left / width, top / height, (left + shown[1]) / width, (top + shown[0]) / height)
     before_x, before_y, after_x, after_y = centre_pads(side, side, *patch)
-    return Crop(box, shown, (before_x, before_y, after_x + side - shown[1], after_y + side - shown[0]))
+    pads = before_x, before_y, after_x + side - shown[1], after_y + side - shown[0]
+    return crop_at(top, left, shown, (height, width), pads)
 
 
 def _mixed(labels: Tensor, most: float) -> bool:
@@ -127,9 +126,9 @@ class KeptFeatures:
     ) -> Self:
         """Compute the features of all images; ``progress`` is called once per image."""
         shown = whole_images(images.images, protocol.size, source)
-        classes, patch = len(images.class_names), (source.patch_size, source.stride)
+        classes = len(images.class_names)
         features = [compact(one) for one in see(source, shown, cache, progress)]
-        counts = [patch_counts(image.labels(), crop, classes, *patch) for image, crop in shown]
+        counts = [patch_counts(image.labels(), crop, classes, *source.patch) for image, crop in shown]
         return cls(features, counts, min(protocol.batch, len(shown)), source.device)
 
     @property
@@ -142,9 +141,9 @@ class KeptFeatures:
         places = chosen(len(self.features), self.batch, step, self.seed)
         features = torch.cat([self.features[index].flatten(0, 1) for index in places])  # (h, w, C) each -> (N, C)
         counts = torch.cat([self.counts[index].flatten(0, 1) for index in places])  # (N, K + 1)
-        scores = probe(features.to(self.device).float())
+        scores = probe(features.to(self.device).float()).log_softmax(-1)
         counts = counts.to(scores)
-        return -(scores.log_softmax(-1) * counts[:, :-1]).sum() / counts.sum()
+        return -(scores * counts[:, :-1]).sum() / counts.sum()
 
 
 class RandomCrops(RandomSamples[LabelledImage, _Drawn]):
@@ -165,11 +164,10 @@ class RandomCrops(RandomSamples[LabelledImage, _Drawn]):
         drawn = self.take(step)
         features = self._source.features(torch.stack([inputs for inputs, _, _ in drawn]))
         scores = probe(features)
-        total = torch.zeros((), device=scores.device)
-        side = self._protocol.crop
+        side, total = self._protocol.crop, torch.zeros((), device=scores.device)
         frame = (side, side) if self._protocol.pads == "stretched" else None
         for patches, (_, crop, labels) in zip(scores, drawn, strict=True):
-            pixels = to_pixels(patches, crop, self._source.patch_size, self._source.stride, frame).flatten(0, 1)
+            pixels = to_pixels(patches, crop, *self._source.patch, frame).flatten(0, 1)
             truth = labels.flatten().to(pixels.device)
             total = total + F.cross_entropy(pixels, truth, ignore_index=NO_LABEL, reduction="sum")
         return total / (len(drawn) * side**2)
@@ -178,6 +176,6 @@ class RandomCrops(RandomSamples[LabelledImage, _Drawn]):
         chance = np.random.default_rng([self._seed, _CROPS, step, place])
         image = self._images[index]
         labels = image.labels()
-        crop = training_crop(labels, self._protocol, (self._source.patch_size, self._source.stride), chance)
+        crop = training_crop(labels, self._protocol, self._source.patch, chance)
         colour = functools.partial(distort, chance=chance) if self._protocol.distort else None
         return self._source.inputs(image, crop, colour), crop, labels_of(crop, labels)

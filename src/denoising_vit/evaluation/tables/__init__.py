@@ -27,15 +27,7 @@ from denoising_vit.evaluation.tables.sections import (
     with_interval,
 )
 
-__all__ = [
-    "BrokenLine",
-    "Entries",
-    "Entry",
-    "Paired",
-    "parse_entry",
-    "read_entries",
-    "report_markdown",
-]
+__all__ = ["BrokenLine", "Entries", "Entry", "Paired", "parse_entry", "read_entries", "report_markdown"]
 
 #: Settings that an overview compares side by side.
 _OVERVIEW = ("features", "size", "crops")
@@ -68,7 +60,8 @@ def report_markdown(
     found = sections(results.entries)
     if leading:
         blocks += [["## Leaderboard"], *leaderboard(found)]
-        blocks += [] if picture is None else [[f"![The same photos, by kind of features](<{picture}>)"]]
+        if picture is not None:
+            blocks.append([f"![The same photos, by kind of features](<{picture}>)"])
     for task, info in TASKS.items():
         members = [section for section in found if section.task == task]
         if members:
@@ -129,7 +122,7 @@ def _table(members: Sequence[Section]) -> list[str]:
     rows = []
     for number, section in enumerate(members, start=1):
         cells = dict(section.measured)
-        groups = list(dict.fromkeys(_groups(entry) for _, entry in section.measured if entry.paired is not None))
+        groups = dict.fromkeys(NONE if one.groups is None else f"{one.groups} {one.over}" for one in section.paired)
         rows.append([f"{number}. {_task(section)}", *(_cell(cells.get(each)) for each in ordered), "; ".join(groups)])
     return table(("task", *ordered, "groups"), rows)
 
@@ -153,22 +146,13 @@ def _cell(entry: Entry | None) -> str:
     return f"{value} (**{difference}**)" if certain else f"{value} ({difference})"
 
 
-def _groups(entry: Entry) -> str:
-    paired = entry.paired
-    assert paired is not None
-    return NONE if paired.groups is None else f"{paired.groups} {paired.over}"
-
-
 def _commands(members: Sequence[Section]) -> list[str]:
     """For each row: its settings, the meaning of its differences, and the commands."""
     lines = []
     for number, section in enumerate(members, start=1):
-        entries = [entry for _, entry in section.measured]
-        against = dict.fromkeys(
-            f"against {entry.paired.against}, {interval_words(entry.paired)}" for entry in entries if entry.paired
-        )
+        against = dict.fromkeys(f"against {one.against}, {interval_words(one)}" for one in section.paired)
         words = "; ".join([section.title, *against])
-        lines.append(f"{number}. {plain(words)}. Command: {commands_of(entries)}.")
+        lines.append(f"{number}. {plain(words)}. Command: {commands_of(entry for _, entry in section.measured)}.")
     return lines
 
 

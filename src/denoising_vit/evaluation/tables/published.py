@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from denoising_vit.denoiser.published import (
@@ -29,25 +29,11 @@ class _Benchmark:
     figures: dict[str, str]
 
 
+_VOC, _ADE, _NYU = (re.compile(text, re.I) for text in (r"(pascal[^a-z]*)?voc(?!ab)", r"ade(?![a-z])", r"nyu"))
 _BENCHMARKS = (
-    _Benchmark(
-        "VOC",
-        re.compile(r"(pascal[^a-z]*)?voc(?!ab)", re.I),
-        "segmentation",
-        {"voc_miou": "mIoU", "voc_macc": "mAcc"},
-    ),
-    _Benchmark(
-        "ADE20K",
-        re.compile(r"ade(?![a-z])", re.I),
-        "segmentation",
-        {"ade_miou": "mIoU", "ade_macc": "mAcc"},
-    ),
-    _Benchmark(
-        "NYU depth",
-        re.compile(r"nyu", re.I),
-        "depth",
-        {"nyu_rmse": "RMSE", "nyu_absrel": "AbsRel", "nyu_a1": "a1"},
-    ),
+    _Benchmark("VOC", _VOC, "segmentation", {"voc_miou": "mIoU", "voc_macc": "mAcc"}),
+    _Benchmark("ADE20K", _ADE, "segmentation", {"ade_miou": "mIoU", "ade_macc": "mAcc"}),
+    _Benchmark("NYU depth", _NYU, "depth", {"nyu_rmse": "RMSE", "nyu_absrel": "AbsRel", "nyu_a1": "a1"}),
 )
 
 #: Settings to show for every measurement.
@@ -63,39 +49,32 @@ def comparison(entries: Sequence[Entry]) -> list[list[str]]:
     unplaced: list[str] = []
     for entry in entries:
         if entry.published is not None and entry.failed is None:
-            benchmark, reason = _place(entry, entry.published)
-            if benchmark is None:
+            try:
+                placed[_benchmark_of(entry, entry.published).heading].append(entry)
+            except EvaluationError as error:
+                reason = f"{entry.task} on {entry.data}, {entry.features}: {error}"
                 unplaced.append(f"- not compared: {plain(reason)}")
-            else:
-                placed[benchmark.heading].append(entry)
     blocks: list[list[str]] = []
     for benchmark in _BENCHMARKS:
         blocks += [[f"### {benchmark.heading}"], _benchmark_table(benchmark, placed[benchmark.heading])]
     return [*blocks, unplaced] if unplaced else blocks
 
 
-def _place(entry: Entry, published: Published) -> tuple[_Benchmark | None, str]:
-    what = f"{entry.task} on {entry.data}, {entry.features}"
-    try:
-        published_row(published.model, published.variant)
-    except EvaluationError as error:
-        return None, f"{what}: {error}"
-    for benchmark in _BENCHMARKS:
-        if benchmark.names.match(entry.data):
-            if entry.task == benchmark.task:
-                return benchmark, ""
-            return None, f"{what}: expected the published task {benchmark.task}, got {entry.task}"
-    names = ", ".join(benchmark.heading for benchmark in _BENCHMARKS)
-    return None, f"{what}: expected a data set named {names}, got {entry.data}"
+def _benchmark_of(entry: Entry, published: Published) -> _Benchmark:
+    """The benchmark of an entry that reproduces a published row; EvaluationError if there is none."""
+    published_row(published.model, published.variant)
+    benchmark = next((one for one in _BENCHMARKS if one.names.match(entry.data)), None)
+    if benchmark is None:
+        names = ", ".join(one.heading for one in _BENCHMARKS)
+        raise EvaluationError(f"expected a data set named {names}, got {entry.data}")
+    if entry.task != benchmark.task:
+        raise EvaluationError(f"expected the published task {benchmark.task}, got {entry.task}")
+    return benchmark
 
 
 def _benchmark_table(benchmark: _Benchmark, entries: Sequence[Entry]) -> list[str]:
     """One row per published row, or per measurement of it."""
-    header = [
-        "model",
-        "variant",
-        *(f"{name}{which}" for name in benchmark.figures.values() for which in (" published", " measured")),
-    ]
+    header = ["model", "variant", *_columns(benchmark.figures.values()), "measured as"]
     rows: list[list[str]] = []
     for row in published_rows():
         found = [entry for entry in entries if entry.published == Published(model=row.model, variant=row.variant)]
@@ -104,7 +83,11 @@ def _benchmark_table(benchmark: _Benchmark, entries: Sequence[Entry]) -> list[st
             [row.model, row.variant, *_cells(benchmark, row, entry), way]
             for entry, way in zip(found or [None], ways, strict=True)
         ]
-    return table([*header, "measured as"], rows, left=2)
+    return table(header, rows, left=2)
+
+
+def _columns(names: Iterable[str]) -> list[str]:
+    return [f"{name}{which}" for name in names for which in (" published", " measured")]
 
 
 def _way(entry: Entry, others: Sequence[Entry]) -> str:
@@ -139,8 +122,7 @@ def discovery_comparison(entries: Sequence[Entry]) -> list[list[str]]:
     An entry counts only if all its settings are the published ones and all images were evaluated. Entries of denoised
     features never count, because they do not record whether the denoiser is the published one.
     """
-    header = ["model", "variant"]
-    header += [f"{heading}{which}" for _, heading, *_ in _DISCOVERED for which in (" published", " measured")]
+    header = ["model", "variant", *_columns(heading for _, heading, *_ in _DISCOVERED)]
     rows = [[row.model, row.variant, *_discovered(row, entries)] for row in published_discovery()]
     return [["### Object discovery (CorLoc)"], table(header, rows, left=2)]
 

@@ -99,7 +99,6 @@ _COLUMNS = (
     ("class token, 1 - cosine", "class_drift", None),
 )
 
-
 _NOTE = (
     "Metrics on held-out images against the target, raw features in parentheses; the last row is the target itself. "
     "The best cosine is bold."
@@ -132,9 +131,8 @@ def _table(looks: Sequence[Mapping[str, Any]]) -> list[str]:
     for look in looks:
         cells = [_cell(look, key, raw) for _, key, raw in columns]
         rows.append([f"**{look['step']}**" if look is best else str(look["step"]), *cells])
-    target = [_figure(looks[-1].get(f"target_{key}"), key) for _, key, _ in columns]
     if any(f"target_{key}" in looks[-1] for _, key, _ in columns):
-        rows.append(["target", *target])
+        rows.append(["target", *(_figure(looks[-1].get(f"target_{key}"), key) for _, key, _ in columns)])
     return table(["step", *(heading for heading, _, _ in columns)], rows)
 
 

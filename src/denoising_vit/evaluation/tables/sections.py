@@ -55,6 +55,11 @@ class Section:
         return [(label, entry) for label, entry in self.rows if entry.failed is None]
 
     @property
+    def paired(self) -> list[Paired]:
+        """Differences from the reference."""
+        return [entry.paired for _, entry in self.measured if entry.paired is not None]
+
+    @property
     def failed(self) -> list[tuple[str, Entry]]:
         """Rows with a reason instead of metrics."""
         return [(label, entry) for label, entry in self.rows if entry.failed is not None]
@@ -92,7 +97,7 @@ def section_titles(groups: Sequence[Sequence[Entry]], without: Sequence[str] = (
 def _comparable(entries: Sequence[Entry], without: Sequence[str]) -> list[dict[str, str]]:
     """Settings for titles: data sets are distinguished by number of images, or by digest if that is not unique."""
     settings = [_settings(entry, without) for entry in entries]
-    sizes = [", ".join(f"{count} {split}" for split, count in entry.images.items()) for entry in entries]
+    sizes = [_images(entry) for entry in entries]
     digests = [each.get("data.digest") for each in settings]
     if len(set(zip(digests, sizes, strict=True))) == len(set(sizes)) == len(set(digests)):
         settings = [
@@ -139,12 +144,9 @@ def _rows(group: Sequence[Entry]) -> tuple[tuple[str, Entry], ...]:
 
 def settings_line(section: Section) -> str:
     """Settings shared by all rows, and those of each row's features."""
-    shared = ", ".join(f"{key} {value}" for key, value in section.settings.items())
-    features = []
-    for label, entry in section.rows:
-        own = ", ".join(f"{key} {value}" for key, value in feature_settings(entry).items())
-        features += [f"{label} ({own})"] if own else []
-    parts = {"Settings": shared, "Features": "; ".join(features)}
+    own = [(label, _listed(feature_settings(entry))) for label, entry in section.rows]
+    features = "; ".join(f"{label} ({words})" for label, words in own if words)
+    parts = {"Settings": _listed(section.settings), "Features": features}
     return " ".join(f"{name}: {plain(words)}." for name, words in parts.items() if words)
 
 
@@ -153,11 +155,9 @@ def provenance_line(section: Section) -> str:
     entries = [entry for _, entry in section.rows]
     parts = {
         "Hardware": _distinct(entry.hardware for entry in entries),
-        "Software": _distinct(
-            ", ".join(f"{name} {version}" for name, version in entry.software.items()) for entry in entries
-        ),
+        "Software": _distinct(_listed(entry.software) for entry in entries),
         "Precision": _distinct(readable(entry.backbone.get("dtype", "not recorded")) for entry in entries),
-        "Images": _distinct(", ".join(f"{n} {split}" for split, n in entry.images.items()) for entry in entries),
+        "Images": _distinct(map(_images, entries)),
         "Seeds": _distinct(", ".join(str(seed) for seed, _ in entry.seed_scores) for entry in entries),
         "Skipped": _first([f"{item} ({reason})" for entry in entries for item, reason in entry.skipped]),
     }
@@ -183,6 +183,14 @@ def _first(items: Sequence[str]) -> str:
     items = list(dict.fromkeys(items))
     more = [f"and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
     return "; ".join([*items[:_SHOWN], *more])
+
+
+def _listed(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _images(entry: Entry) -> str:
+    return ", ".join(f"{count} {split}" for split, count in entry.images.items())
 
 
 def _distinct(values: Iterable[str]) -> str:
@@ -237,10 +245,7 @@ def _score_row(label: str, entry: Entry) -> list[str]:
     digits = metrics[0].digits
     values = [value for _, value in entry.seed_scores if value is not None]
     spread = fixed(max(values) - min(values), digits) if len(values) > 1 else NONE
-    paired = entry.paired
-    difference = NONE
-    if paired is not None:
-        difference = with_interval(paired, digits)
+    difference = NONE if entry.paired is None else with_interval(entry.paired, digits)
     return [label, *scores, spread, difference, fixed(entry.seconds, 1)]
 
 
@@ -326,7 +331,7 @@ def _made_otherwise(label: str, columns: Sequence[str], by_section: Sequence[dic
     seen = [tuple(sorted(settings.items())) for settings in made.values()]
     usual = dict(max(seen, key=seen.count)) if seen else {}
     return [
-        f"- {plain(f'{label}, {column}')}: {plain(', '.join(f'{key} {value}' for key, value in sorted(others)))}"
+        f"- {plain(f'{label}, {column}')}: {plain(_listed(dict(sorted(others))))}"
         for column, settings in made.items()
         if (others := settings.items() - usual.items())
     ]
@@ -342,6 +347,5 @@ def _overview_cell(entry: Entry | None) -> str:
         return NONE
     if entry.failed is not None:
         return "failed"
-    value = fixed(entry.metrics["mIoU"])
-    paired = entry.paired
+    value, paired = fixed(entry.metrics["mIoU"]), entry.paired
     return value if paired is None or paired.metric != "mIoU" else f"{value} ({signed(paired.difference)})"
