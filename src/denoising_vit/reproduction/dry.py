@@ -15,8 +15,7 @@ from denoising_vit.evaluation import depth
 from denoising_vit.evaluation.depth.data import NYU_SIZE
 from denoising_vit.evaluation.segmentation import RELEASED
 from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS
-from denoising_vit.reproduction.running import Protocols
-from denoising_vit.reproduction.training import DenoiserRecipe, DistilledRecipe
+from denoising_vit.reproduction.running import DenoiserRecipe, DistilledRecipe, Protocols
 from denoising_vit.training.options import ViewOptions
 
 #: Sizes of the two images of each split: one is padded, the other divided into windows.
