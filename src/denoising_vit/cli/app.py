@@ -21,9 +21,9 @@ VERBS: Mapping[str, Any] = {
     "fit": "fit",
     "train": "training:train",
     "distill": "training:distill",
-    "calibrate": "calibrate",
+    "calibrate": "backbones:calibrate",
     "diagnose": "diagnose",
-    "prepare": "prepare",
+    "prepare": "backbones:prepare",
     "evaluate": {
         "knn": "evaluate:knn",
         "segmentation": "evaluate:segmentation",
@@ -39,8 +39,8 @@ VERBS: Mapping[str, Any] = {
     "reproduce": "reproduce",
     "show": "show",
     "export": "export",
-    "models": "models",
-    "app": "serve:app",
+    "models": "backbones:models",
+    "app": "show:app",
     "store": {"info": "store:info", "verify": "store:verify", "export": "store:export"},
 }
 

@@ -53,15 +53,13 @@ def fit(
     dataset = open_dataset(data)
     if running.strict and (left_out := next(iter(dataset.skipped), None)):
         raise PhotoError(f"{left_out.item}: {left_out.reason}")
-    print_left_out(dataset)
+    print_left_out(dataset.skipped)
     job = FitJob.prepare(dataset, out, model, denoising, running, artifact)
     estimate = job.estimate()
     print_note(str(estimate))
-    if estimate.left:
-        print_note(
-            f"backbone {job.stages[0].backbone.extra_repr()} on {job.stages[0].backbone.device}; store {job.store.url}"
-        )
     stage = job.stages[0]
+    if estimate.left:
+        print_note(f"backbone {stage.backbone.extra_repr()} on {stage.backbone.device}; store {job.store.url}")
     if artifact is not None and (resampled := resampling_note(artifact, stage.backbone, stage.fitted.grid)):
         print_note(resampled)
     estimate.require_room()
@@ -111,7 +109,6 @@ class _Report(OnScreen):
         rate = f" at {self._done / seconds:.2f} photos/s" if self._done else ""
         skipped = f", {len(failed)} skipped (use --retry-failed to retry)" if failed else ""
         print_note(f"{done} of {len(self._dataset)} photos in {job.store.url}{rate}{skipped}")
-        left = len(self._dataset) - done - len(failed)
-        if left:
+        if left := len(self._dataset) - done - len(failed):
             print_note(f"{left} photos were unreachable; run the command again to retry")
         return SOME_FAILED if failed or left or self._dataset.skipped else OK

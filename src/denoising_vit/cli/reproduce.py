@@ -20,8 +20,7 @@ from denoising_vit.errors import PlanError
 from denoising_vit.evaluation.results import METRICS, Results
 
 if TYPE_CHECKING:
-    from denoising_vit.backbones import Backbone
-    from denoising_vit.reproduction import Protocols, Row, Step
+    from denoising_vit.reproduction import Row, Step
 
     #: Steps and their result lines.
     _Measured = Sequence[tuple[Step, dict[str, Any]]]
@@ -87,7 +86,16 @@ def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSp
     results = Results(out)
     backbone = load_backbone(spec)
     with interruptible("interrupted; finished steps are kept, run the command again to resume"):
-        measured = _measured(found, data, backbone, spec, Protocols(), results, out.with_suffix(".cache"), seed)
+        measured = _measured(
+            found,
+            data=data,
+            backbone=backbone,
+            spec=spec,
+            results=results,
+            folder=out.with_suffix(".cache"),
+            seed=seed,
+            protocols=Protocols(),
+        )
     _print_measured([(found, measured)], f"{model}, {variant}")
     complete = _tell_rest(found)
     print_note(f"results in {out}")
@@ -111,10 +119,16 @@ def _dry(model: str | None, variant: str | None, device: str, seed: int) -> int:
             for row in rows:
                 backbone = dry_backbone(row.published.model)
                 backbone = backbone if device == "auto" else backbone.to(device)
-                spec = BackboneSpec(row.published.model, "random")
-                results = Results(folder / "results.jsonl")
-                how = dry_protocols(backbone)
-                measured = _measured(row, data, backbone, spec, how, results, folder / "cache", seed)
+                measured = _measured(
+                    row,
+                    data=data,
+                    backbone=backbone,
+                    spec=BackboneSpec(row.published.model, "random"),
+                    results=Results(folder / "results.jsonl"),
+                    folder=folder / "cache",
+                    seed=seed,
+                    protocols=dry_protocols(backbone),
+                )
                 failed = _tell_failed(measured) or failed
                 found.append((row, measured))
     _print_measured(found, "dry run: random weights and synthetic data, so the measured scores are meaningless")
@@ -131,32 +145,12 @@ def _able(*rows: Row) -> bool:
     return False
 
 
-def _measured(
-    row: Row,
-    data: Path,
-    backbone: Backbone,
-    spec: BackboneSpec,
-    how: Protocols,
-    results: Results,
-    folder: Path,
-    seed: int,
-) -> list[tuple[Step, dict[str, Any]]]:
+def _measured(row: Row, **settings: Any) -> list[tuple[Step, dict[str, Any]]]:
+    """Run the steps of a row with settings of `reproduce_row`, and print their main scores."""
     from denoising_vit.reproduction import reproduce_row
 
-    steps = reproduce_row(
-        row,
-        data=data,
-        backbone=backbone,
-        spec=spec,
-        protocols=how,
-        results=results,
-        folder=folder,
-        run=run_info(),
-        seed=seed,
-        progress=show_progress,
-    )
     done = []
-    for step, line in steps:
+    for step, line in reproduce_row(row, run=run_info(), progress=show_progress, **settings):
         done.append((step, line))
         if not line["failed"]:
             print_note(f"{row.published.model} on {step.benchmark.name}: {main_value(line)}")
