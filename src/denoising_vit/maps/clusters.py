@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 
+from denoising_vit.maps.colours import settle_signs
 from denoising_vit.maps.features import RESOLUTION, Features, to_arrays, to_map
-from denoising_vit.maps.pca import settle_signs
 
 FIT_POINTS, MOST_POINTS = 4096, 16384
 """Maximum numbers of vectors per map, and over all maps, to fit k-means on; all vectors are assigned to clusters."""

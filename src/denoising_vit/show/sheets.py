@@ -21,9 +21,9 @@ from denoising_vit.extractors import KINDS, Cleaners
 from denoising_vit.files import atomic_path
 from denoising_vit.maps import Clusters, NormScale, Palette, PCABasis, similarity_maps
 from denoising_vit.maps.canvas import FORMATS
+from denoising_vit.maps.colours import SIMILARITY_BAR
 from denoising_vit.maps.features import Bar
 from denoising_vit.maps.kinds import MAP_KINDS, SIMILARITY
-from denoising_vit.maps.norms import SIMILARITY_BAR
 from denoising_vit.maps.sheet import Sheet
 from denoising_vit.progress import OnProgress
 from denoising_vit.show.options import ShowOptions

@@ -18,8 +18,8 @@ from PIL import Image
 
 from denoising_vit.environment import package_version
 from denoising_vit.files import Mark, atomic_path, owned_path
+from denoising_vit.maps.colours import NORM_COLOURS
 from denoising_vit.maps.features import lookup
-from denoising_vit.maps.norms import NORM_COLOURS
 
 
 @dataclass(frozen=True)
