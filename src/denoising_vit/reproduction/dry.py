@@ -23,11 +23,7 @@ _SIZES = ((48, 64), (60, 40))
 
 
 def dry_backbone(model: str) -> Backbone:
-    """The model with two blocks and random weights.
-
-    Raises:
-        BackboneError: if timm has no such model.
-    """
+    """The model with two blocks and random weights; BackboneError if timm has no such model."""
     built = build_timm_model(model, pretrained=False, depth=2)
     return TimmBackbone(built, name=model, stride=None, layer=-1, norm=True, weights="random, two blocks")
 

@@ -62,11 +62,6 @@ class PhotoExtractor:
         options: options of stage 1; the size applies to all features.
         tiling: tiling of photos larger than the backbone's input.
 
-    Attributes:
-        backbone: the backbone.
-        names: the features, in order.
-        passes: forward passes for one photo, or for one tile.
-
     Raises:
         DenoisingVitError: as in :meth:`Cleaners.extractor`, or if size or views do not fit.
     """
@@ -85,22 +80,15 @@ class PhotoExtractor:
         sharing = next((name for name in names if name != "raw" and made[name].backbone is backbone), None)
         self._raw_from = sharing or "raw"
         self._made = {name: one for name, one in made.items() if name != "raw" or sharing is None}
+        #: Forward passes for one photo, or for one tile.
         self.passes = sum(one.work for one in self._made.values())
 
     def open(self, photo: Path) -> Picture:
-        """Open a photo; with tiling, it may be read region by region.
-
-        Raises:
-            PhotoError: if it cannot be read, or is too large.
-        """
+        """Open a photo, with tiling perhaps region by region; PhotoError if it cannot be read, or is too large."""
         return open_for(next(iter(self._made.values())), photo, self._max_pixels)
 
     def __call__(self, picture: Picture, *, name: str = "photo", progress: OnProgress = lambda *_: None) -> ShownPhoto:
-        """The features of a photo (H, W, 3) uint8.
-
-        Raises:
-            DenoisingVitError: if the photo cannot be used.
-        """
+        """The features of a photo (H, W, 3) uint8; DenoisingVitError if the photo cannot be used."""
         found: dict[str, Decomposition] = {}
         before = 0
         for feature, denoising in self._made.items():

@@ -32,13 +32,9 @@ class _Section:
 
 @dataclass
 class PhotosPage:
-    """Collects finished photos and renders the page.
+    """Collects finished photos and renders the page."""
 
-    Attributes:
-        command: command line that repeats the run.
-    """
-
-    command: str | None
+    command: str | None  # command line that repeats the run
     _sections: list[_Section] = field(default_factory=list)
     _left_out: int = 0
 

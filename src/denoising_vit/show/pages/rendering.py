@@ -33,13 +33,7 @@ class Picture:
 
 
 def render(template: str, package: str = "denoising_vit.show.pages", **values: Any) -> str:
-    """Render a page from a template.
-
-    Args:
-        template: file name.
-        package: package of the template; ``base.html`` is always from this package.
-        **values: variables of the template; text is escaped.
-    """
+    """Render a page from a template of a package; text in values is escaped. ``base.html`` is always from here."""
     packages = dict.fromkeys((package, "denoising_vit.show.pages"))
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(name, ".") for name in packages]),
@@ -130,23 +124,14 @@ class Line:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Lines over the same steps.
-
-    Attributes:
-        title: title of the chart.
-        unit: unit of the steps.
-        lines: at most three.
-        down: y and text of the labels of the vertical axis.
-        across: x and text of the labels of the horizontal axis.
-        marks: x, y, step and value of marked points.
-    """
+    """Lines over the same steps."""
 
     title: str
-    unit: str
-    lines: tuple[Line, ...]
-    down: tuple[tuple[float, str], ...]
-    across: tuple[tuple[float, str], ...]
-    marks: tuple[tuple[float, float, float, float], ...] = ()
+    unit: str  # of the steps
+    lines: tuple[Line, ...]  # at most three
+    down: tuple[tuple[float, str], ...]  # y and text of the labels of the vertical axis
+    across: tuple[tuple[float, str], ...]  # x and text of the labels of the horizontal axis
+    marks: tuple[tuple[float, float, float, float], ...] = ()  # x, y, step and value of marked points
 
 
 def line_chart(

@@ -85,15 +85,9 @@ def render_run(folder: Path) -> str:
 
 
 def _charts(run: RunRecord) -> list[LineChart]:
+    sources = {"trained": "", "raw": "raw_", "target": "target_"}
     looks = [
-        line_chart(
-            title,
-            "steps",
-            {
-                name: _values(run.looks, f"{before}{key}")
-                for name, before in (("trained", ""), ("raw", "raw_"), ("target", "target_"))
-            },
-        )
+        line_chart(title, "steps", {name: _values(run.looks, before + key) for name, before in sources.items()})
         for title, key in _LOOKS
     ]
     steps = [line_chart(title, "steps", {key: _values(run.steps, key)}) for title, key in _STEPS]
@@ -135,12 +129,7 @@ def _panels(folder: Path, best: Mapping[str, Any] | None) -> list[Picture]:
 
 
 def write_run_page(folder: Path) -> Path:
-    """Write ``run.html`` into the folder of a run and return its path.
-
-    Raises:
-        EvaluationError: if the folder is not a run folder.
-        OSError: if it cannot be written.
-    """
+    """Write ``run.html`` into the folder of a run, and return its path; errors as in :func:`render_run`."""
     path = folder / "run.html"
     write_page(render_run(folder), path)
     return path

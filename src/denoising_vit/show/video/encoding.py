@@ -24,11 +24,7 @@ _BT709, _LIMITED = 1, 1
 
 
 def find_encoder() -> str:
-    """The name of the first available encoder.
-
-    Raises:
-        ClipError: if PyAV is not installed, or was built without one.
-    """
+    """The name of the first available encoder; ClipError if PyAV is not installed, or was built without one."""
     av = needed("av", "video", ClipError)
     for name in ENCODERS:
         if name in av.codecs_available:
