@@ -35,8 +35,8 @@ VERBS: Mapping[str, Any] = {
         "artifacts": "diagnose:artifacts",
     },
     "video": "video",
-    "report": "report",
-    "reproduce": "reproduce",
+    "report": "scores:report",
+    "reproduce": "scores:reproduce",
     "show": "show",
     "export": "export",
     "models": "backbones:models",
@@ -96,7 +96,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return OK
     hidden = "--quiet" in arguments  # an option of all verbs
     arguments = [argument for argument in arguments if argument != "--quiet"]
-    # Imports are inside the block, so that Ctrl-C during imports is handled in the same way.
+    # Imported here, so that main also handles Ctrl-C during these imports.
     from denoising_vit.cli.reporting import print_error, print_note, quiet
     from denoising_vit.errors import DenoisingVitError
 
