@@ -66,14 +66,7 @@ class PhotosPage:
         self._sections.append(_Section(name, shown, lines, scales))
 
     def render(self, rows: list[dict[str, Any]], about: dict[str, str | None], backbone: str) -> str:
-        """The page as HTML.
-
-        Args:
-            rows: outcome of each photo: ``image``, ``status``, ``views``, ``heldout_r2``, ``heldout_cosine``,
-                ``seconds``, ``note``.
-            about: details of the run by name.
-            backbone: name of the backbone.
-        """
+        """The page as HTML, from a row of `dvit denoise --json` for each photo and details of the run by name."""
         return render(
             "photos.html",
             backbone=backbone,

@@ -84,17 +84,9 @@ def frames_in(part: Path) -> int:
 
 
 def join(parts: Sequence[Path], path: Path, end: Fraction, comment: str, *, new: bool = False) -> None:
-    """Join parts into one streamable MP4 file.
+    """Join parts in order into one streamable MP4 file, with a comment in its metadata.
 
-    Args:
-        parts: the parts in order.
-        path: the file.
-        end: end of the last frame in seconds.
-        comment: comment in the file's metadata.
-        new: fail instead of replacing a file.
-
-    Raises:
-        OSError: if the file cannot be written.
+    ``end`` is the end of the last frame in seconds; ``new`` raises FileExistsError instead of replacing a file.
     """
     av = needed("av", "video", ClipError)
     with (
