@@ -18,7 +18,7 @@ from denoising_vit.environment import package_version
 #: Module of each verb, with its function after a colon if the name differs; or a mapping of subcommands.
 VERBS: Mapping[str, Any] = {
     "denoise": "denoise",
-    "fit": "fit",
+    "fit": "store:fit",
     "train": "training:train",
     "distill": "training:distill",
     "calibrate": "backbones:calibrate",
