@@ -65,9 +65,7 @@ class EvaluateOptions(ABC):
 
 
 def compare_sources(
-    options: EvaluateOptions,
-    compare: Callable[[Workbench, Sequence[str]], Iterator[Line]],
-    varied: Sequence[str] = (),
+    options: EvaluateOptions, compare: Callable[[Workbench, Sequence[str]], Iterator[Line]], varied: Sequence[str] = ()
 ) -> int:
     """Run a task on each source, and report each result and then a table. Returns the exit code.
 

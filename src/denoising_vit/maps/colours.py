@@ -6,16 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from denoising_vit.maps.features import (
-    RESOLUTION,
-    Bar,
-    Features,
-    lookup,
-    project,
-    robust_range,
-    to_arrays,
-    to_map,
-)
+from denoising_vit.maps.features import RESOLUTION, Bar, Features, lookup, project, robust_range, to_arrays, to_map
 
 LEAST_SPAN = 0.05
 """Components that vary less than this fraction of the strongest one are not stretched to the full range of colours."""

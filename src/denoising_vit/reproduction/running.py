@@ -212,15 +212,7 @@ def distilled_model(
     progress: Progress,
     seed: int = 0,
 ) -> Path:
-    """Distil a backbone from its denoiser; a finished or interrupted run is resumed.
-
-    Returns:
-        File of the weights after the last step, as published.
-
-    Raises:
-        TrainError: if a run in the folder has other options, or the photos are too few.
-        PhotoError: if there are no photos.
-    """
+    """Like :func:`trained_denoiser`: distil a backbone from its denoiser, and return the file of the weights."""
     photos = training_photos(data, where)
     training, begun = replace(recipe.training, seed=seed), (folder / "run.json").is_file()
     job = DistillJob.prepare(photos, folder, backbone, training, recipe.views, denoiser=denoiser, resume=begun)

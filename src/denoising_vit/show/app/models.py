@@ -133,10 +133,7 @@ def what_it_needs(name: str) -> str:
 
 
 def _known(
-    given: str | None,
-    shipped: Callable[[Backbone], T | None],
-    find: Callable[[str, Backbone], T],
-    backbone: Backbone,
+    given: str | None, shipped: Callable[[Backbone], T | None], find: Callable[[str, Backbone], T], backbone: Backbone
 ) -> T | None:
     """The given cleaner of a backbone, or the one in the package; None if neither fits."""
     if given is None or given == SHIPPED:

@@ -35,11 +35,7 @@ _FIGURES = (
         "Number of directions the features use; a value far below the target's means lost content.",
     ),
     ("position, R²", "place", "How well a linear fit predicts a patch's position; lower is cleaner."),
-    (
-        "position by neighbours, R²",
-        "place_neighbours",
-        "The same, predicted from the nearest patches of other images.",
-    ),
+    ("position by neighbours, R²", "place_neighbours", "The same, predicted from the nearest patches of other images."),
     (
         "blank images, variance left",
         "blank_variance",
@@ -47,11 +43,7 @@ _FIGURES = (
     ),
     ("blank images, high frequencies left", "blank_detail", "The same for the differences between adjacent patches."),
     ("blurred photos, high frequencies left", "blurred_detail", "The same on heavily blurred photos."),
-    (
-        "change under shifts, relative to raw",
-        "shift_change",
-        "Change of the features under sub-patch shifts.",
-    ),
+    ("change under shifts, relative to raw", "shift_change", "Change of the features under sub-patch shifts."),
     (
         "photos, variance left",
         "photo_variance",
