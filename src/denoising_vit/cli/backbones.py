@@ -107,10 +107,10 @@ def calibrate(
             replace(found.artifact, info=found.artifact.info | {"made": str(mark)}).save(temporary)
     except OSError as error:
         raise OutputError(f"cannot write {out} ({error.strerror or error})") from error
-    return _tell(found, [*dataset.skipped, *found.skipped], out, as_json=json)
+    return _print_result(found, [*dataset.skipped, *found.skipped], out, as_json=json)
 
 
-def _tell(found: Calibration, skipped: list[Skipped], out: Path, *, as_json: bool) -> int:
+def _print_result(found: Calibration, skipped: list[Skipped], out: Path, *, as_json: bool) -> int:
     from denoising_vit.decomposition.calibration.calibrate import doubt_about
 
     print_left_out(found.skipped)

@@ -100,8 +100,8 @@ class DenoiseJob:
         digest = picture_digest(picture)
         output = self.folder.claim(photo, digest)
         if output.existing is not None:
-            beside = self._redraws(output, output.existing) and self.clean.made(output.existing)
-            exact = self._exact(picture, digest, progress) if beside else None
+            compares = self._redraws(output, output.existing) and self.clean.made(output.existing)
+            exact = self._exact(picture, digest, progress) if compares else None
             return functools.partial(self._keep, photo, picture, output, exact)
         result = self._denoised(self.clean, picture, digest, progress)
         about = result.info["photo"] | {"name": readable(photo.name), "place": digest_of(photo.resolve())}

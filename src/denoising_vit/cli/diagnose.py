@@ -83,7 +83,7 @@ def diagnose(
     extractors = {} if cleaner is None else {"denoiser": DenoisedViT(backbone, cleaner.denoiser)}
     with photo_progress(len(chosen)) as progress:
         found = run_diagnosis(backbone, named_photos(dataset, chosen), extractors, progress, diagnosing)
-    code = _tell(found, as_json=json)
+    code = _print_result(found, as_json=json)
     from denoising_vit.diagnosis.page import write_diagnosis  # matplotlib and scikit-learn take seconds to import
 
     mark, artifact = Mark(_FILES["artifact.safetensors"], source), found.evidence.calibration.artifact
@@ -97,7 +97,7 @@ def diagnose(
     return SOME_FAILED if dataset.skipped else code
 
 
-def _tell(found: Diagnosis, *, as_json: bool) -> int:
+def _print_result(found: Diagnosis, *, as_json: bool) -> int:
     skipped = found.info["skipped"]
     for name, reason in skipped:
         print_error(f"{name}: {reason}", "skipped")

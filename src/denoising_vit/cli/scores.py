@@ -140,7 +140,7 @@ def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSp
     from denoising_vit.reproduction import Protocols, find_row
 
     found = find_row(model, variant, data)  # regardless of existing results, which are printed again
-    if not _able(found):
+    if not _any_ready(found):
         return WRONG_USAGE
     results = Results(out)
     backbone = load_backbone(spec)
@@ -156,9 +156,9 @@ def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSp
             protocols=Protocols(),
         )
     _print_measured([(found, measured)], f"{model}, {variant}")
-    complete = _tell_rest(found)
+    complete = _print_missing(found)
     print_note(f"results in {out}")
-    return SOME_FAILED if _tell_failed(measured) or not complete else OK
+    return SOME_FAILED if _print_failed(measured) or not complete else OK
 
 
 def _dry(model: str | None, variant: str | None, device: str, seed: int) -> int:
@@ -172,7 +172,7 @@ def _dry(model: str | None, variant: str | None, device: str, seed: int) -> int:
         folder = Path(name)
         data = dry_data(folder / "data")
         rows = [find_row(*each, data) for each in chosen]
-        if not _able(*rows):
+        if not _any_ready(*rows):
             return WRONG_USAGE
         with interruptible("interrupted; results of a dry run are not kept"):
             for row in rows:
@@ -188,18 +188,18 @@ def _dry(model: str | None, variant: str | None, device: str, seed: int) -> int:
                     seed=seed,
                     protocols=dry_protocols(backbone),
                 )
-                failed = _tell_failed(measured) or failed
+                failed = _print_failed(measured) or failed
                 found.append((row, measured))
     _print_measured(found, "dry run: random weights and synthetic data, so the measured scores are meaningless")
-    _tell_rest(*rows)
+    _print_missing(*rows)
     return SOME_FAILED if failed else OK
 
 
-def _able(*rows: Row) -> bool:
+def _any_ready(*rows: Row) -> bool:
     """True if any step is ready; otherwise print the reasons."""
     if any(step.status == "ready" for row in rows for step in row.steps):
         return True
-    _tell_rest(*rows)
+    _print_missing(*rows)
     print_error(f"no step can run for {', '.join(f'{r.published.model}, {r.published.variant}' for r in rows)}")
     return False
 
@@ -221,7 +221,7 @@ def _print_list(rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_row(row.published.model, row.published.variant, row.status)
     Console().print(table)
-    _tell_rest(*rows)
+    _print_missing(*rows)
 
 
 def _print_measured(rows: Sequence[tuple[Row, _Measured]], title: str) -> None:
@@ -243,7 +243,7 @@ def _print_measured(rows: Sequence[tuple[Row, _Measured]], title: str) -> None:
     Console().print(table)
 
 
-def _tell_failed(measured: _Measured) -> bool:
+def _print_failed(measured: _Measured) -> bool:
     """Print failed steps and skipped images with their reasons; True if there are any."""
     for step, line in measured:
         if line["failed"]:
@@ -253,7 +253,7 @@ def _tell_failed(measured: _Measured) -> bool:
     return any(line["failed"] or line["skipped"] for _, line in measured)
 
 
-def _tell_rest(*rows: Row) -> bool:
+def _print_missing(*rows: Row) -> bool:
     """Print the steps that were not run and why, each reason once; True if no data are missing."""
     left = dict.fromkeys((step.benchmark.name, step.why) for row in rows for step in row.steps if step.why)
     for name, why in left:

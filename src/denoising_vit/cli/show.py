@@ -74,7 +74,7 @@ def show(
     photos, missing = find_photos(inputs)
     skipped = [(item.item, item.reason) for item in missing]
     if not photos:
-        return _tell(0, skipped, out)
+        return _print_summary(0, skipped, out)
     one = out.suffix.lower() in _ONE_SHEET
     source = digest_of(*map(Path, inputs))
     for file, kind in ((out if one else None, _SHEET), (save_palette, _PALETTE)):
@@ -94,10 +94,10 @@ def show(
     job = _Job(extractor, showing, out, given, colours == "together", format)
     with interruptible("interrupted; finished sheets are kept"):
         done = job.run(photos, skipped, source, save_palette, one)
-    return _tell(done, skipped, out)
+    return _print_summary(done, skipped, out)
 
 
-def _tell(done: int, skipped: Sequence[tuple[str, str]], out: Path) -> int:
+def _print_summary(done: int, skipped: Sequence[tuple[str, str]], out: Path) -> int:
     """Print what was skipped and why, and return the exit code."""
     for name, reason in skipped:
         print_skipped(name, reason)

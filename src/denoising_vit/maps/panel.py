@@ -105,10 +105,10 @@ def draw_panel(
 
 def _columns(maps: dict[str, Tensor], palette: Palette) -> dict[str, Column]:
     """The four kinds of maps of each of the features."""
-    alike = similarity_maps(*maps.values())
+    similar = similarity_maps(*maps.values())
     return {
-        name: [*((palette.colours(kind, one), palette.bar(kind)) for kind in _KINDS), (likeness, SIMILARITY_BAR)]
-        for (name, one), likeness in zip(maps.items(), alike, strict=True)
+        name: [*((palette.colours(kind, one), palette.bar(kind)) for kind in _KINDS), (pixels, SIMILARITY_BAR)]
+        for (name, one), pixels in zip(maps.items(), similar, strict=True)
     }
 
 

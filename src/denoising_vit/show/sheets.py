@@ -139,8 +139,8 @@ def pictures(photo: ShownPhoto, palette: Palette, options: ShowOptions) -> dict[
         elif kind == SIMILARITY:
             height, width = next(iter(maps.values())).shape[:2]
             at = min(int(options.at[0] * height), height - 1), min(int(options.at[1] * width), width - 1)
-            alike = similarity_maps(*maps.values(), at=at)
-            drawn[kind] = {name: DrawnMap(pixels, SIMILARITY_BAR) for name, pixels in zip(maps, alike, strict=True)}
+            similar = similarity_maps(*maps.values(), at=at)
+            drawn[kind] = {name: DrawnMap(pixels, SIMILARITY_BAR) for name, pixels in zip(maps, similar, strict=True)}
         else:
             bar = palette.bar(kind)
             drawn[kind] = {name: DrawnMap(palette.colours(kind, one), bar) for name, one in maps.items()}
