@@ -65,14 +65,13 @@ class PCABasis:
     def shares(self, features: Features) -> np.ndarray:
         """Position of each component of features (h, w, C) in its range: (h, w, 3) float64 in [0, 1], clipped.
 
-        Raises:
-            ValueError: if the shape is not (h, w, C) with the basis's C, or values are not finite.
+        ValueError as in :func:`to_map`.
         """
         projected = project(to_map(features, len(self.mean)), self.mean, self.components)  # (h, w, 3)
         return np.clip((projected - self.low) / (self.high - self.low), 0, 1)
 
     def colours(self, features: Features) -> np.ndarray:
-        """Features (h, w, C) as a picture (h, w, 3) uint8; ValueError as in :meth:`shares`."""
+        """Features (h, w, C) as a picture (h, w, 3) uint8; ValueError as in :func:`to_map`."""
         # Slightly below, so that a component without structure, at 127.5 plus rounding errors, is a uniform grey.
         return np.rint(self.shares(features) * 255 - 1e-3).astype(np.uint8)
 
@@ -138,11 +137,7 @@ class Foreground:
         return cls(basis.mean, direction, threshold)
 
     def mask(self, features: Features) -> np.ndarray:
-        """Foreground of features (h, w, C) as (h, w) bool.
-
-        Raises:
-            ValueError: if the shape is not (h, w, C) with this C, or values are not finite.
-        """
+        """Foreground of features (h, w, C) as (h, w) bool; ValueError as in :func:`to_map`."""
         return project(to_map(features, len(self.mean)), self.mean, self.direction) > self.threshold
 
 
@@ -191,11 +186,7 @@ class NormScale:
         return NORM_COLOURS, (self.low, self.high)
 
     def colours(self, features: Features) -> np.ndarray:
-        """Norms of features (h, w, C) as a picture (h, w, 3) uint8.
-
-        Raises:
-            ValueError: if the shape is not (h, w, C), or values are not finite.
-        """
+        """Norms of features (h, w, C) as a picture (h, w, 3) uint8; ValueError as in :func:`to_map`."""
         norms = _norms(to_map(features))
         span = self.high - self.low
         flat = span <= RESOLUTION * self.high

@@ -47,14 +47,9 @@ def render(template: str, package: str = "denoising_vit.show.pages", **values: A
 
 
 def write_page(page: str, path: Path, mark: Mark | None = None) -> None:
-    """Write a page atomically; with a mark, replace only a file with the same mark.
-
-    Raises:
-        OutputError: if a file with another mark or without a mark exists.
-        OSError: if the file cannot be written.
-    """
+    """Write a page atomically; with a mark, OutputError if a file with another mark or without a mark exists."""
     # File names need not be valid text; invalid characters are escaped.
-    with atomic_path(Path(path)) if mark is None else owned_path(Path(path), mark) as temporary:
+    with atomic_path(path) if mark is None else owned_path(path, mark) as temporary:
         temporary.write_bytes(page.encode("utf-8", "backslashreplace"))
 
 
