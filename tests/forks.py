@@ -14,7 +14,7 @@ from typing import Any
 
 #: Imported once, by the process that forks the others.
 _IMPORTED = ["torch", "timm", "accelerate", "tiny_distillation", "tiny_training", "denoising_vit.backbones.bundled"]
-_IMPORTED += [f"denoising_vit.cli.{name}" for name in ("app", "fit", "reporting", "training")]
+_IMPORTED += [f"denoising_vit.cli.{name}" for name in ("app", "reporting", "store", "training")]
 
 #: Seconds that processes may take on a machine that has much else to do.
 PATIENCE = 900

@@ -750,7 +750,7 @@ def test_os_error_is_reported_with_the_file_name(
         """Raises the error of a full disk."""
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/sheet.png")
 
-    monkeypatch.setattr("denoising_vit.cli.models.models", models)
+    monkeypatch.setattr("denoising_vit.cli.backbones.models", models)
     assert app.run(["models"]) == 2
     message = "error: out/sheet.png could not be read or written (No space left on device); free disk space"
     assert message in capsys.readouterr().err

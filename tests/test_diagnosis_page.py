@@ -24,7 +24,7 @@ from denoising_vit.diagnosis.evidence import Evidence, Shown
 from denoising_vit.diagnosis.page import render_page
 from denoising_vit.diagnosis.verdict import Finding, Judgement, Verdict
 from denoising_vit.metrics.artifacts import ArtifactMetrics
-from denoising_vit.show.pages import write_page
+from denoising_vit.show.pages.rendering import write_page
 from html_page import Page
 
 GRID, CHANNELS = (3, 5), 7

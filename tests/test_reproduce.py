@@ -34,9 +34,8 @@ from denoising_vit.evaluation.segmentation import PAPER, RELEASED
 from denoising_vit.evaluation.segmentation import evaluate as segmenting
 from denoising_vit.evaluation.workbench import Task, Workbench
 from denoising_vit.reproduction import DenoiserRecipe, DistilledRecipe, Protocols, Row, Step, dry, find_row, running
-from denoising_vit.reproduction import training as denoising
 from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS, TrainingPhotos
-from denoising_vit.reproduction.training import training_photos
+from denoising_vit.reproduction.running import training_photos
 from denoising_vit.training.loop import peak_rate
 from denoising_vit.training.samples import Sampler, whole_view
 from tiny_distillation import blank_panels
@@ -622,7 +621,7 @@ def test_imagenet_variants_are_trained_on_imagenet_photos(
     dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
     trained: list[tuple[str, ...]] = []
-    fit = denoising.trained_denoiser
+    fit = running.trained_denoiser
 
     def note(backbone: Backbone, data: Path, where: TrainingPhotos, *rest: Any) -> Path:
         trained.append(where.places)

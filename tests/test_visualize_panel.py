@@ -14,8 +14,8 @@ from PIL import Image
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.maps import draw_panel
 from denoising_vit.maps import panel as panel_module
+from denoising_vit.maps.colours import PCABasis
 from denoising_vit.maps.panel import _caption, _compared
-from denoising_vit.maps.pca import PCABasis
 from denoising_vit.maps.sheet import CELL, GAP, HEADING, LEFT, RIGHT, Sheet, halved, number
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from denoising_vit.maps import PCABasis
+from denoising_vit.maps.colours import settle_signs
 from denoising_vit.maps.features import robust_range
-from denoising_vit.maps.pca import settle_signs
 
 
 def smooth_features(height: int = 11, width: int = 7, channels: int = 13, seed: int = 0) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""``dvit``: the command line, one thin module per verb."""
+"""``dvit``: the command line, thin modules of the verbs."""
 
 from denoising_vit.cli.app import main
 

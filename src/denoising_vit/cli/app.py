@@ -18,12 +18,12 @@ from denoising_vit.environment import package_version
 #: Module of each verb, with its function after a colon if the name differs; or a mapping of subcommands.
 VERBS: Mapping[str, Any] = {
     "denoise": "denoise",
-    "fit": "fit",
+    "fit": "store:fit",
     "train": "training:train",
     "distill": "training:distill",
-    "calibrate": "calibrate",
+    "calibrate": "backbones:calibrate",
     "diagnose": "diagnose",
-    "prepare": "prepare",
+    "prepare": "backbones:prepare",
     "evaluate": {
         "knn": "evaluate:knn",
         "segmentation": "evaluate:segmentation",
@@ -35,12 +35,12 @@ VERBS: Mapping[str, Any] = {
         "artifacts": "diagnose:artifacts",
     },
     "video": "video",
-    "report": "report",
-    "reproduce": "reproduce",
+    "report": "scores:report",
+    "reproduce": "scores:reproduce",
     "show": "show",
     "export": "export",
-    "models": "models",
-    "app": "serve:app",
+    "models": "backbones:models",
+    "app": "show:app",
     "store": {"info": "store:info", "verify": "store:verify", "export": "store:export"},
 }
 
@@ -96,7 +96,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return OK
     hidden = "--quiet" in arguments  # an option of all verbs
     arguments = [argument for argument in arguments if argument != "--quiet"]
-    # Imports are inside the block, so that Ctrl-C during imports is handled in the same way.
+    # Imported here, so that main also handles Ctrl-C during these imports.
     from denoising_vit.cli.reporting import print_error, print_note, quiet
     from denoising_vit.errors import DenoisingVitError
 

@@ -65,16 +65,12 @@ class EvaluateOptions(ABC):
 
 
 def compare_sources(
-    options: EvaluateOptions,
-    compare: Callable[[Workbench, Sequence[str]], Iterator[Line]],
-    varied: Sequence[str] = (),
+    options: EvaluateOptions, compare: Callable[[Workbench, Sequence[str]], Iterator[Line]], varied: Sequence[str] = ()
 ) -> int:
     """Run a task on each source, and report each result and then a table. Returns the exit code.
 
-    Args:
-        options: data, features and results.
-        compare: the task; yields the result lines of the named sources.
-        varied: settings that differ between the lines of one command; one table per value.
+    ``compare`` yields the result lines of the named sources. ``varied`` names settings that differ between the lines of
+    one command: there is one table per value.
     """
     names = parse_names(options.features, KINDS)
     options.exact.denoising()  # fail before the model is loaded
@@ -98,12 +94,7 @@ def main_value(line: dict[str, Any]) -> str:
 
 
 def _bench(options: EvaluateOptions) -> Workbench:
-    """Open data and results, then load the model, so that file errors come first.
-
-    Raises:
-        EvaluationError: if the data are unusable, or results or cache cannot be written.
-        BackboneError: if the backbone cannot be loaded.
-    """
+    """Open data and results, then load the model, so that file errors come first."""
     from denoising_vit.evaluation.workbench import Workbench
 
     if not options.cache_gb >= 0:

@@ -133,7 +133,11 @@ def denoise(
     subtracted = next((one for one in views if one.artifact is not None), None)
     if subtracted is not None and (note := resampling_note(artifact or SHIPPED, backbone, subtracted.fitted.grid)):
         print_note(note)
-    page = None if report is None else _page()
+    page = None
+    if report is not None:
+        from denoising_vit.show.pages.photos import PhotosPage  # matplotlib and scikit-learn take seconds to import
+
+        page = PhotosPage(run_info()["command"])
     job = DenoiseJob(clean, folder, upsample, exact, page, pictures, tiling.max_pixels)
     unit = {"exact": "views", "neural-field": "views and steps"}.get(options.method, "passes")
     interrupted = False
@@ -153,14 +157,8 @@ def denoise(
     return code
 
 
-def _page() -> PhotosPage:
-    from denoising_vit.show.pages.photos import PhotosPage  # matplotlib and scikit-learn take seconds to import
-
-    return PhotosPage(run_info()["command"])
-
-
 def _write_page(page: PhotosPage, table: Report, backbone: Backbone, method: str, path: Path, mark: Mark) -> None:
-    from denoising_vit.show.pages import write_page
+    from denoising_vit.show.pages.rendering import write_page
 
     run = run_info()
     about = {

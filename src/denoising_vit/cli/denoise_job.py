@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from denoising_vit.cli.outputs import Output, OutputFolder
-from denoising_vit.cli.reporting import PhotoProgress, Report, Row, number
+from denoising_vit.cli.reporting import PhotoProgress, Report, Row, number, reason_of
 from denoising_vit.data.pictures import Picture, drawable, picture_digest
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.denoise import Denoising
-from denoising_vit.errors import DenoisingVitError
 from denoising_vit.files import atomic_path, digest_of, readable
 from denoising_vit.tiling.denoising import TiledDenoising, denoise_picture, open_for
 from denoising_vit.tiling.layout import TileOptions
@@ -34,21 +33,13 @@ PHOTO_NUMBERS = ("views", "held-out R²", "cosine", "seconds")
 
 @dataclass(frozen=True)
 class PhotoRow(Row):
-    """The result of one photo.
-
-    Attributes:
-        image: path of the photo.
-        panel: path of the picture, if any.
-        views: number of fitted crops.
-        heldout_r2: fraction of the variance of held-out views that is explained.
-        heldout_cosine: mean cosine to held-out views.
-    """
+    """The result of one photo."""
 
     image: str
-    panel: str | None = None
-    views: int | None = None
-    heldout_r2: float | None = None
-    heldout_cosine: float | None = None
+    panel: str | None = None  # path of the picture
+    views: int | None = None  # number of fitted crops
+    heldout_r2: float | None = None  # fraction of the variance of held-out views that is explained
+    heldout_cosine: float | None = None  # mean cosine to held-out views
 
     @property
     def item(self) -> str:
@@ -64,24 +55,14 @@ class PhotoRow(Row):
 
 @dataclass(frozen=True)
 class DenoiseJob:
-    """Settings shared by all photos of a run.
+    """Settings shared by all photos of a run."""
 
-    Attributes:
-        clean: method that computes the results.
-        folder: output folder.
-        upsample: upsampling factor of stored and drawn features.
-        exact: stage 1 for the comparison in the picture, if requested.
-        page: report page, if requested.
-        pictures: True to draw a picture of each photo.
-        max_pixels: maximum size of a photo.
-    """
-
-    clean: Denoising | TiledDenoising
+    clean: Denoising | TiledDenoising  # computes the results
     folder: OutputFolder
-    upsample: int
-    exact: Denoising | TiledDenoising | None
+    upsample: int  # factor, for stored and drawn features
+    exact: Denoising | TiledDenoising | None  # stage 1 for the comparison in the picture, if requested
     page: PhotosPage | None = None
-    pictures: bool = True
+    pictures: bool = True  # draw a picture of each photo
     max_pixels: int = TileOptions.max_pixels
 
     @property
@@ -95,17 +76,21 @@ class DenoiseJob:
         Returns:
             A function that writes and draws them and returns the row. Errors are recorded in the row, not raised.
         """
+
+        def failed(error: Exception) -> PhotoRow:
+            return PhotoRow(str(photo), status="failed", note=reason_of(error))
+
         try:
             finish = self._computed(photo, progress)
         except Exception as error:  # one bad photo must not stop the batch
-            failed = _failed(photo, error)
-            return lambda: failed
+            row = failed(error)
+            return lambda: row
 
         def guarded() -> PhotoRow:
             try:
                 return finish()
             except Exception as error:
-                return _failed(photo, error)
+                return failed(error)
 
         return guarded
 
@@ -115,8 +100,8 @@ class DenoiseJob:
         digest = picture_digest(picture)
         output = self.folder.claim(photo, digest)
         if output.existing is not None:
-            beside = self._redraws(output, output.existing) and self.clean.made(output.existing)
-            exact = self._exact(picture, digest, progress) if beside else None
+            compares = self._redraws(output, output.existing) and self.clean.made(output.existing)
+            exact = self._exact(picture, digest, progress) if compares else None
             return functools.partial(self._keep, photo, picture, output, exact)
         result = self._denoised(self.clean, picture, digest, progress)
         about = result.info["photo"] | {"name": readable(photo.name), "place": digest_of(photo.resolve())}
@@ -184,11 +169,7 @@ class DenoiseJob:
             self.page.add(photo.name, pixels, result, exact)
 
     def _write(self, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None, output: Output) -> bool:
-        """Write the result and its picture; return False and write neither if another run has taken the name.
-
-        Raises:
-            OSError: if they cannot be written.
-        """
+        """Write the result and its picture; return False and write neither if another run has taken the name."""
         try:
             with (
                 self._drawn(pixels, result, exact, output),
@@ -203,13 +184,10 @@ class DenoiseJob:
     def _drawn(
         self, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None, output: Output
     ) -> Iterator[None]:
-        """Draw the picture to a temporary file and move it into place if the block succeeds.
-
-        With pictures disabled, remove the picture of an earlier result, because it would not show this result.
-        """
+        """Draw the picture to a temporary file and move it into place if the block succeeds."""
         if not self.pictures:
             yield
-            output.panel.unlink(missing_ok=True)
+            output.panel.unlink(missing_ok=True)  # the picture of an earlier result would not show this one
             return
         from denoising_vit.maps import draw_panel  # matplotlib and scikit-learn take seconds to import
 
@@ -236,18 +214,8 @@ class DenoiseJob:
         )
 
 
-def _failed(photo: Path, error: Exception) -> PhotoRow:
-    """The row of a failed photo; errors from outside this package are reported with their type."""
-    known = isinstance(error, DenoisingVitError | OSError)
-    return PhotoRow(str(photo), status="failed", note=str(error) if known else f"{type(error).__name__}: {error}")
-
-
 class Writing:
-    """Writes and draws each photo in a thread, while the features of the next photo are computed.
-
-    Args:
-        table: receives the rows, in the order of the photos.
-    """
+    """Writes and draws each photo in a thread, while the next is computed; ``table`` gets the rows in order."""
 
     def __init__(self, table: Report) -> None:
         self._table = table

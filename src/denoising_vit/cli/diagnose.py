@@ -76,33 +76,28 @@ def diagnose(
         require_ours(out / name, Mark(kind, source))
     diagnosing.calibration()  # check the options before the model is loaded
     dataset, chosen = open_photos(data, photos)
-    print_left_out(dataset)
+    print_left_out(dataset.skipped)
     require_writable(out)
     backbone = load_backbone(model)
     cleaner = find_shipped(backbone) if denoiser is None else find_denoiser(denoiser, backbone)
     extractors = {} if cleaner is None else {"denoiser": DenoisedViT(backbone, cleaner.denoiser)}
     with photo_progress(len(chosen)) as progress:
         found = run_diagnosis(backbone, named_photos(dataset, chosen), extractors, progress, diagnosing)
-    code = _tell(found, as_json=json)
+    code = _print_result(found, as_json=json)
+    from denoising_vit.diagnosis.page import write_diagnosis  # matplotlib and scikit-learn take seconds to import
+
+    mark, artifact = Mark(_FILES["artifact.safetensors"], source), found.evidence.calibration.artifact
     try:
-        _write(found, out, source)
+        with owned_path(out / "artifact.safetensors", mark) as temporary:
+            replace(artifact, info=artifact.info | {"made": str(mark)}).save(temporary)
+        write_diagnosis(found, out, source)
     except OSError as error:
         raise OutputError(f"cannot write to {out} ({unwritable(error)})") from error
     print_note(f"maps and metrics in {out / 'diagnosis.html'}, artifact in {out / 'artifact.safetensors'}")
     return SOME_FAILED if dataset.skipped else code
 
 
-def _write(found: Diagnosis, out: Path, source: str) -> None:
-    from denoising_vit.diagnosis.page import write_diagnosis  # matplotlib and scikit-learn take seconds to import
-
-    artifact = Mark(_FILES["artifact.safetensors"], source)
-    with owned_path(out / "artifact.safetensors", artifact) as temporary:
-        stored = found.evidence.calibration.artifact
-        replace(stored, info=stored.info | {"made": str(artifact)}).save(temporary)
-    write_diagnosis(found, out, source)
-
-
-def _tell(found: Diagnosis, *, as_json: bool) -> int:
+def _print_result(found: Diagnosis, *, as_json: bool) -> int:
     skipped = found.info["skipped"]
     for name, reason in skipped:
         print_error(f"{name}: {reason}", "skipped")

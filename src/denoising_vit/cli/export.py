@@ -92,7 +92,7 @@ def export(
     assert isinstance(extractor, Backbone | DenoisedViT)  # like all features of one pass
     print_note(f"exporting {features} features of {backbone.extra_repr()} as {exporting.format}")
     found = export_extractor(extractor, out, exporting, weights=weights, distilled=features == "distilled")
-    _tell(found, out, as_json=json)
+    _print_comparison(found, out, as_json=json)
     return OK
 
 
@@ -116,13 +116,13 @@ def _verify(path: Path, *, as_json: bool) -> int:
     for problem in verdict.problems:
         print_error(problem, "failed")
     if verdict.comparison is not None:
-        _tell(verdict.comparison, path, as_json=as_json)
+        _print_comparison(verdict.comparison, path, as_json=as_json)
     if not verdict.problems:
         print_note(f"{path}: intact")
     return SOME_FAILED if verdict.problems else OK
 
 
-def _tell(found: Comparison, path: Path, *, as_json: bool) -> None:
+def _print_comparison(found: Comparison, path: Path, *, as_json: bool) -> None:
     if as_json:
         print_json({"export": str(path), **dataclasses.asdict(found)})
     print_note(

@@ -23,23 +23,14 @@ def numbered(stem: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Output:
-    """The files of one photo.
+    """The files of one photo."""
 
-    Attributes:
-        result: path of the safetensors file.
-        panel: path of the picture.
-        mark: ownership mark of the picture.
-        existing: record of an earlier result of this photo; None if there is none.
-        replaces: True if an existing result of this photo is overwritten.
-        note: remark about another result that is kept.
-    """
-
-    result: Path
-    panel: Path
-    mark: Mark
-    existing: dict[str, Any] | None = None
-    replaces: bool = False
-    note: str | None = None
+    result: Path  # the safetensors file
+    panel: Path  # the picture
+    mark: Mark  # ownership mark of the picture
+    existing: dict[str, Any] | None = None  # record of an earlier result of this photo
+    replaces: bool = False  # an existing result of this photo is overwritten
+    note: str | None = None  # remark about another result that is kept
 
 
 def input_digest(data: str, model: BackboneSpec) -> str:
@@ -49,11 +40,7 @@ def input_digest(data: str, model: BackboneSpec) -> str:
 
 
 def require_writable(folder: Path) -> None:
-    """Create a folder if it does not exist, and check that it is writable.
-
-    Raises:
-        OutputError: if it is not writable.
-    """
+    """Create a folder if it does not exist; OutputError if it is not writable."""
     try:
         make_folder(folder)
         probe = folder / f".dvit-writable-{os.getpid()}"
@@ -68,23 +55,15 @@ class OutputFolder:
     """Assigns a name to every photo: its stem, or ``stem-2``, ``stem-3``, ... if the name is taken.
 
     A result belongs to the photo whose pixels it records. The same command finds its results again, two photos with the
-    same name never overwrite each other, and all other files are kept. With ``overwrite``, a result also belongs to an
-    edited photo at the same path.
+    same name never overwrite each other, and all other files are kept. With ``overwrite``, results are replaced, and a
+    result also belongs to an edited photo at the same path.
 
     A name is free while no file has it. If two runs choose the same name, the first to write keeps it, and the other
-    claims a new one.
-
-    Args:
-        folder: output folder; created if it does not exist.
-        overwrite: process photos again that already have a result.
-
-    Raises:
-        OutputError: if the folder cannot be written to.
+    claims a new one. The folder is created if it does not exist; OutputError if it cannot be written to.
     """
 
     def __init__(self, folder: Path, *, overwrite: bool) -> None:
-        self.folder = folder
-        self.overwrite = overwrite
+        self.folder, self.overwrite = folder, overwrite
         self._claimed: set[str] = set()
         self._lock = threading.Lock()  # one thread may claim a name while another releases one
         require_writable(folder)
@@ -95,6 +74,8 @@ class OutputFolder:
             return self._claim(photo, digest)
 
     def _claim(self, photo: Path, digest: str) -> Output:
+        from denoising_vit.decomposition.result import read_head
+
         mark, place = Mark("panel", digest), digest_of(photo.resolve())
         stem, note = plain_stem(photo.stem), None
         edited: Output | None = None
@@ -106,9 +87,12 @@ class OutputFolder:
                 if not _is_ours(panel, digest, recorded=False):
                     continue
                 return self._taken(edited or Output(result, panel, mark, note=note))
-            existing = self._recorded(result)
-            source = (existing or {}).get("photo", {})
-            if existing is None or not _is_ours(panel, source.get("sha256"), recorded=True):
+            try:
+                existing = read_head(result)["info"]
+            except FormatError:
+                continue
+            source = existing.get("photo", {})
+            if not _is_ours(panel, source.get("sha256"), recorded=True):
                 continue
             if source.get("sha256") == digest:
                 return self._taken(Output(result, panel, mark, None if self.overwrite else existing, replaces=True))
@@ -126,26 +110,15 @@ class OutputFolder:
         self._claimed.add(output.result.stem)
         return output
 
-    @staticmethod
-    def _recorded(path: Path) -> dict[str, Any] | None:
-        from denoising_vit.decomposition.result import read_head
-
-        try:
-            return read_head(path)["info"]
-        except FormatError:
-            return None
-
 
 def _is_ours(panel: Path, digest: str | None, *, recorded: bool) -> bool:
-    """True if the picture does not exist, or shows the photo with this digest.
-
-    With ``recorded``, a picture without a mark also counts, because earlier releases did not write marks.
-    """
+    """True if the picture does not exist, or shows the photo with this digest."""
     from denoising_vit.data.photos import is_panel
 
     if not os.path.lexists(panel):
         return True
     found = Mark.read(panel)
+    # Earlier releases did not write marks, so next to a recorded result, a picture without one also counts.
     return found == Mark("panel", digest or "") or (recorded and found is None and is_panel(panel))
 
 

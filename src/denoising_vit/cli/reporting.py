@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -24,17 +24,15 @@ from rich.table import Table
 from rich.text import Text
 
 from denoising_vit.cli.streams import OK, SOME_FAILED, interruptible, print_json
-from denoising_vit.errors import PlanError
+from denoising_vit.errors import DenoisingVitError, PlanError
 from denoising_vit.files import readable
 from denoising_vit.progress import duration
 
 if TYPE_CHECKING:  # these import torch, which would delay the help
     from denoising_vit.backbones import Backbone, BackboneSpec
-    from denoising_vit.data import Dataset
+    from denoising_vit.data import Dataset, Skipped
     from denoising_vit.decomposition.calibration import OnPhoto
     from denoising_vit.decomposition.neural_field.fit import Evaluation
-
-Status = Literal["done", "kept", "failed"]
 
 #: Minimum time between two lines of progress in a log file.
 SECONDS_BETWEEN_LINES = 60.0
@@ -45,19 +43,12 @@ _quiet: list[bool] = []
 
 @dataclass(frozen=True, kw_only=True)
 class Row(ABC):
-    """The result of one item of a batch.
+    """The result of one item of a batch."""
 
-    Attributes:
-        status: done, kept (a result existed), or failed.
-        output: path of the result.
-        seconds: time taken.
-        note: reason of a failure, or another remark.
-    """
-
-    status: Status
-    output: str | None = None
+    status: Literal["done", "kept", "failed"]  # kept: a result existed
+    output: str | None = None  # path of the result
     seconds: float | None = None
-    note: str | None = None
+    note: str | None = None  # reason of a failure, or another remark
 
     @property
     @abstractmethod
@@ -72,10 +63,7 @@ class Row(ABC):
 class Report:
     """Collects the rows of a batch. Prints JSON lines immediately, or a table at the end.
 
-    Args:
-        what: name of an item, in the singular.
-        numbers: headings of the numbers in the table.
-        as_json: print JSON lines.
+    ``what`` is the name of an item in the singular, ``numbers`` are headings of columns.
     """
 
     def __init__(self, what: str, numbers: Sequence[str], *, as_json: bool) -> None:
@@ -140,24 +128,18 @@ class OnScreen:
 
 
 class PhotoProgress(OnScreen):
-    """Progress over the work on all photos, with the remaining time; on standard error.
-
-    Args:
-        photos: number of photos.
-        each: amount of work per photo.
-        unit: unit of this work, such as "views".
-    """
+    """Progress over the work on all photos, ``each`` units such as views, with the remaining time."""
 
     def __init__(self, photos: int, each: int, unit: str) -> None:
-        self._left, self._each, self._at = photos, each, 0
-        self._photo = ""
+        self._left, self._each, self._photo = photos, each, ""
+        self.at = 0  #: work done on the current photo
         self._progress = progress_bar(unit)
         self._task = self._progress.add_task("", total=photos * each)
         self._finished = 0
 
     def start(self, photo: str) -> None:
         """Start the next photo."""
-        self._at, self._photo = 0, photo
+        self.at, self._photo = 0, photo
         self._progress.update(self._task, description=escape(photo))
 
     def show_score(self, look: Evaluation) -> None:
@@ -165,14 +147,9 @@ class PhotoProgress(OnScreen):
         if look.r2 is not None:
             self._progress.update(self._task, description=f"{escape(self._photo)} held-out R² {look.r2:.3f}")
 
-    @property
-    def at(self) -> int:
-        """The work done on the current photo."""
-        return self._at
-
     def advance(self, done: int, total: int) -> None:
         """Set the work done on the current photo; a larger total than expected raises the estimate for all photos."""
-        self._at, self._each = done, max(self._each, total)
+        self.at, self._each = done, max(self._each, total)
         self._progress.update(
             self._task, completed=self._finished + done, total=self._finished + self._left * self._each
         )
@@ -180,7 +157,7 @@ class PhotoProgress(OnScreen):
     def finish(self) -> None:
         """Finish the current photo; subtracts unneeded work from the total, to keep the remaining time correct."""
         self._left -= 1
-        self._finished += self._at
+        self._finished += self.at
         self._progress.update(self._task, total=self._finished + self._left * self._each)
 
 
@@ -196,10 +173,6 @@ class LogProgress(Progress):
     """Progress as plain lines on standard error, at most one per minute, for log files.
 
     A line reads ``cat.jpg: 120 / 1,000 views, 3.1 views/s, 5 min left``.
-
-    Args:
-        unit: as for :func:`progress_bar`.
-        **settings: further settings of rich's `Progress`.
     """
 
     def __init__(self, unit: str, **settings: Any) -> None:
@@ -247,10 +220,7 @@ def quiet(on: bool = True) -> Iterator[None]:
 def progress_bar(unit: str, *, shown: bool = True, **settings: Any) -> Progress:
     """A progress display on standard error: a bar on a terminal, otherwise a plain line at most once per minute.
 
-    Args:
-        unit: unit of the count; ``{task.fields[name]}`` is replaced by a field of the task.
-        shown: False hides it, like `--quiet`.
-        **settings: further settings of rich's `Progress`.
+    In ``unit``, ``{task.fields[name]}`` is replaced by a field of the task. Settings are those of rich's `Progress`.
     """
     console = Console(stderr=True)
     if not shown or any(_quiet):
@@ -281,6 +251,11 @@ def print_skipped(item: str, reason: str) -> None:
     print_error(reason if reason.startswith(item) else f"{item}: {reason}", "skipped")
 
 
+def reason_of(error: Exception) -> str:
+    """The message of an error; errors from outside this package are reported with their type."""
+    return str(error) if isinstance(error, DenoisingVitError | OSError) else f"{type(error).__name__}: {error}"
+
+
 def print_note(message: str) -> None:
     """Print a message to standard error."""
     Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
@@ -299,12 +274,7 @@ def load_backbone(model: BackboneSpec) -> Backbone:
 
 
 def open_photos(data: str, photos: int) -> tuple[Dataset, list[int]]:
-    """A data set, and the indices of this number of photos, spread evenly; 0 for all.
-
-    Raises:
-        PlanError: if the number is negative.
-        PhotoError: if the data set cannot be opened.
-    """
+    """A data set, and the indices of this number of photos, spread evenly; 0 for all."""
     from denoising_vit.data import open_dataset, spread
 
     if photos < 0:
@@ -313,9 +283,9 @@ def open_photos(data: str, photos: int) -> tuple[Dataset, list[int]]:
     return dataset, spread(len(dataset), photos)
 
 
-def print_left_out(dataset: Dataset) -> None:
-    """Print the entries of a data set that are not photos, and why."""
-    for item in dataset.skipped:
+def print_left_out(skipped: Iterable[Skipped]) -> None:
+    """Print the entries of a data set that could not be used, and why."""
+    for item in skipped:
         print_error(f"{item.item}: {item.reason}", "skipped")
 
 

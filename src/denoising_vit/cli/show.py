@@ -1,8 +1,10 @@
-"""``dvit show``: feature maps side by side in shared colours."""
+"""``dvit show`` and ``dvit app``: feature maps in shared colours, on sheets and in the browser."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.reporting import PhotoProgress, load_backbone, print_note, print_skipped
-from denoising_vit.cli.streams import OK, SOME_FAILED, interruptible
+from denoising_vit.cli.reporting import PhotoProgress, load_backbone, print_error, print_note, print_skipped
+from denoising_vit.cli.streams import INTERRUPTED, OK, SOME_FAILED, interruptible
 from denoising_vit.errors import DenoisingVitError, OutputError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import Mark, digest_of, owned_path, plain_stem, readable, require_ours
-from denoising_vit.show.options import ShowOptions
+from denoising_vit.show.options import AppOptions, ShowOptions
 from denoising_vit.tiling.layout import TileOptions
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ def show(
     photos, missing = find_photos(inputs)
     skipped = [(item.item, item.reason) for item in missing]
     if not photos:
-        return _tell(0, skipped, out)
+        return _print_summary(0, skipped, out)
     one = out.suffix.lower() in _ONE_SHEET
     source = digest_of(*map(Path, inputs))
     for file, kind in ((out if one else None, _SHEET), (save_palette, _PALETTE)):
@@ -80,13 +82,22 @@ def show(
             require_ours(file, Mark(kind, source), photos)
     for folder in (out.parent if one else out, *([] if save_palette is None else [save_palette.parent])):
         require_writable(folder)
-    job = _open(model, showing, cleaners, tiling, out, palette, colours, format)
+    from denoising_vit.maps import read_palette
+    from denoising_vit.show.sheets import PhotoExtractor
+
+    backbone = load_backbone(model)
+    names = showing.names(backbone, cleaners)
+    extractor = PhotoExtractor(backbone, names, cleaners, showing.denoising(), tiling)
+    given = None if palette is None else read_palette(palette, backbone)
+    tiles = "" if tiling.tile is None else f"; tiles of {tiling.tile} px"
+    print_note(f"features {', '.join(names)}; maps {', '.join(showing.kinds())}{tiles}")
+    job = _Job(extractor, showing, out, given, colours == "together", format)
     with interruptible("interrupted; finished sheets are kept"):
-        done = job.run(photos, skipped, source, save_palette=save_palette, one=one)
-    return _tell(done, skipped, out)
+        done = job.run(photos, skipped, source, save_palette, one)
+    return _print_summary(done, skipped, out)
 
 
-def _tell(done: int, skipped: Sequence[tuple[str, str]], out: Path) -> int:
+def _print_summary(done: int, skipped: Sequence[tuple[str, str]], out: Path) -> int:
     """Print what was skipped and why, and return the exit code."""
     for name, reason in skipped:
         print_skipped(name, reason)
@@ -95,57 +106,19 @@ def _tell(done: int, skipped: Sequence[tuple[str, str]], out: Path) -> int:
     return SOME_FAILED if skipped or not done else OK
 
 
-def _open(
-    model: BackboneSpec,
-    options: ShowOptions,
-    cleaners: Cleaners,
-    tiling: TileOptions,
-    out: Path,
-    palette: Path | None,
-    colours: Literal["each", "together"],
-    kind: str,
-) -> _Job:
-    """Load backbone, cleaners and palette, so that invalid options are reported before the first photo."""
-    from denoising_vit.maps import read_palette
-    from denoising_vit.show.sheets import PhotoExtractor
-
-    backbone = load_backbone(model)
-    names = options.names(backbone, cleaners)
-    extractor = PhotoExtractor(backbone, names, cleaners, options.denoising(), tiling)
-    given = None if palette is None else read_palette(palette, backbone)
-    tiles = "" if tiling.tile is None else f"; tiles of {tiling.tile} px"
-    print_note(f"features {', '.join(names)}; maps {', '.join(options.kinds())}{tiles}")
-    return _Job(extractor, options, out, given, colours == "together", kind)
-
-
 @dataclass(frozen=True)
 class _Job:
-    """Settings for all photos.
-
-    Attributes:
-        extractor: extractor of the features.
-        options: options of the sheet.
-        out: a sheet, or a folder of sheets.
-        given: palette from a file.
-        together: True if all photos share their colours.
-        kind: format of sheets in a folder.
-    """
+    """Settings for all photos."""
 
     extractor: PhotoExtractor
     options: ShowOptions
-    out: Path
-    given: Palette | None
-    together: bool
-    kind: str
+    out: Path  # a sheet, or a folder of sheets
+    given: Palette | None  # from a file
+    together: bool  # all photos share their colours
+    kind: str  # format of sheets in a folder
 
     def run(
-        self,
-        photos: Sequence[Path],
-        skipped: list[tuple[str, str]],
-        source: str,
-        *,
-        save_palette: Path | None,
-        one: bool,
+        self, photos: Sequence[Path], skipped: list[tuple[str, str]], source: str, save_palette: Path | None, one: bool
     ) -> int:
         """Draw one sheet of all photos, or one per photo once its colours are known. Returns the number of photos."""
         from denoising_vit.maps import write_palette
@@ -160,8 +133,8 @@ class _Job:
             common = self._palette(shown) if self.together or save_palette else None
             if save_palette is not None and common is not None:
                 write_palette(common, save_palette, mark=Mark(_PALETTE, source))
-            # Saving a palette does not change the pictures.
-            common = common if self.together else None
+            if not self.together:
+                common = None  # saving a palette does not change the pictures
             if one:
                 with owned_path(self.out, Mark(_SHEET, source)) as temporary:
                     palettes = [common or self._palette([photo]) for photo in shown]
@@ -196,9 +169,8 @@ class _Job:
             for photo in photos:
                 progress.start(photo.name)
                 try:
-                    found = self.extractor(
-                        self.extractor.open(photo), name=readable(photo.name), progress=progress.advance
-                    )
+                    picture = self.extractor.open(photo)
+                    found = self.extractor(picture, name=readable(photo.name), progress=progress.advance)
                 except (DenoisingVitError, OSError) as error:
                     skipped.append((str(photo), str(error)))
                 else:
@@ -220,3 +192,54 @@ class _Job:
         whose = "a palette" if self.given else "all photos" if self.together else "each photo"
         parts = [backbone.name, backbone.weights, *exact, f"colours of {whose}, the same for all features"]
         draw_sheet(photos, palettes, path, self.options, caption=[BESIDE.join(parts)], suffix=suffix)
+
+
+def app(
+    page: tyro.conf.OmitArgPrefixes[AppOptions] = AppOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    denoiser: str | None = None,
+    artifact: str | None = None,
+) -> int:
+    """Serve a browser page that shows raw and denoised features of your photos side by side. Needs the extra `app`.
+
+    Args:
+        page: address and limits of the page.
+        model: the first backbone; its device and precision apply to all.
+        denoiser: denoiser of the backbone: a file, voc_denoised or imgnet_denoised for the published ones; defaults to
+            the one in the package.
+        artifact: artifact of the backbone for subtract and exact: a file of `dvit calibrate`, or `shipped`. By default,
+            exact fits one in each photo, and subtract uses the one in the package.
+    """
+    page.validate()
+    from denoising_vit.show.app.models import Models
+    from denoising_vit.show.app.serving import serve
+
+    if page.share:
+        print_error(
+            "--share opens a public address: anyone with the address can use the page on this computer, and photos "
+            "pass through Gradio's relay",
+            "warning",
+        )
+    elif not page.local:
+        print_error(
+            f"--host {page.host} opens the page to the network: anyone who can reach this computer can use it, without "
+            "a password and without encryption",
+            "warning",
+        )
+    print_note(f"loading {model.backbone} ...")
+    with serve(Models(model, denoiser, artifact), page) as opened:
+        print_note(f"ready: {opened.url}" + (f" and {opened.shared}" if opened.shared else ""))
+        print_note("press Ctrl-C to stop; uploaded photos and their results are then deleted")
+        _wait()
+    return INTERRUPTED
+
+
+def _wait() -> None:
+    """Wait for Ctrl-C or SIGTERM; files are removed in either case."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print_note("stopping")
+    finally:
+        signal.signal(signal.SIGTERM, before)

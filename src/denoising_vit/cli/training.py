@@ -83,11 +83,7 @@ def train(
 def _pairs_source(
     data: str, photos: str | None, on_the_fly: bool, exact: DenoiseOptions, artifact: str | None
 ) -> Photos | Stored:
-    """The photos and their targets.
-
-    Raises:
-        TrainError: if the arguments are inconsistent.
-    """
+    """The photos and their targets; TrainError if the arguments are inconsistent."""
     from denoising_vit.data import open_dataset
     from denoising_vit.denoiser.job import Photos, Stored
     from denoising_vit.store import FeatureStore
@@ -178,11 +174,7 @@ def distill(
 
 
 def _photos_source(data: str, fields: str | None) -> Dataset | Stored:
-    """The photos, with their fields if there is a store.
-
-    Raises:
-        TrainError: if a store is given instead of photos, or vice versa.
-    """
+    """The photos, with their fields if there is a store; TrainError if one is given in place of the other."""
     from denoising_vit.data import open_dataset
     from denoising_vit.denoiser.job import Stored
     from denoising_vit.store import FeatureStore
@@ -201,11 +193,7 @@ def _photos_source(data: str, fields: str | None) -> Dataset | Stored:
 class _Run:
     """Displays a run. Only the first of several processes prints.
 
-    Args:
-        accelerator: processes of the run.
-        folder: folder of the run.
-        left_out: entries of the data set that are not photos.
-        skipped: returns the photos found unusable so far, and why.
+    ``left_out`` are entries of the data set that are not photos; ``skipped`` returns the photos found unusable so far.
     """
 
     def __init__(
@@ -216,15 +204,9 @@ class _Run:
         self._left_out, self._skipped, self._reported = [*left_out], skipped, False
 
     def __call__(self, backbone: Backbone, prepared: Callable[[], Any], options: Any, best: Path) -> int:
-        """Run the prepared training, and return the exit code of this process.
+        """Run the prepared training, and return the exit code of this process; ``best`` is the file of the best model.
 
         It returns only after all processes are done, because a launcher kills the others when one fails.
-
-        Args:
-            backbone: the backbone.
-            prepared: creates the training.
-            options: options with the number of steps and the last step of this run.
-            best: file of the best model.
         """
         self.note(
             f"backbone {backbone.extra_repr()} on {backbone.device}, {self._accelerator.num_processes} process(es)"
@@ -287,15 +269,12 @@ class _StepsBar(OnScreen):
 
     def look(self, step: int, figures: dict[str, float]) -> None:
         """Print the metrics of an evaluation."""
+        drift = f", class token 1 - cosine {figures['class_drift']:.2g}" if "class_drift" in figures else ""
         self._progress.print(
             f"step {step}: held-out cosine {figures['cosine']:.4f} (raw {figures['raw_cosine']:.4f}), "
             f"1 - cosine {figures['ratio']:.3f} times that of raw, effective rank {figures['rank']:.0f} "
-            f"(raw {figures['raw_rank']:.0f}){_drift(figures)}",
+            f"(raw {figures['raw_rank']:.0f}){drift}",
             highlight=False,
             markup=False,
             soft_wrap=True,
         )
-
-
-def _drift(figures: dict[str, float]) -> str:
-    return f", class token 1 - cosine {figures['class_drift']:.2g}" if "class_drift" in figures else ""

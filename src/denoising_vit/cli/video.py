@@ -12,9 +12,9 @@ import tyro
 from rich.markup import escape
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.reporting import OnScreen, Report, Row, number, print_backbone, progress_bar
+from denoising_vit.cli.reporting import OnScreen, Report, Row, number, print_backbone, progress_bar, reason_of
 from denoising_vit.cli.streams import Interrupted
-from denoising_vit.errors import DenoisingVitError, OutputError, PlanError
+from denoising_vit.errors import OutputError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import plain_stem
 from denoising_vit.show.options import VideoOptions
@@ -72,17 +72,11 @@ def video(
 
 @dataclass(frozen=True)
 class ClipRow(Row):
-    """The result for a clip.
+    """The result for a clip."""
 
-    Attributes:
-        clip: the file or folder.
-        frames: number of frames.
-        resumed: number of frames from an earlier run.
-    """
-
-    clip: str
+    clip: str  # the file or folder
     frames: int | None = None
-    resumed: int | None = None
+    resumed: int | None = None  # number of frames from an earlier run
 
     @property
     def item(self) -> str:
@@ -140,10 +134,8 @@ class _Batch:
                     break
                 except BegunElsewhereError:
                     self._claimed.discard(out)
-        except (DenoisingVitError, OSError) as error:
-            return ClipRow(given, status="failed", note=str(error))
         except Exception as error:  # one clip must not stop the batch
-            return ClipRow(given, status="failed", note=f"{type(error).__name__}: {error}")
+            return ClipRow(given, status="failed", note=reason_of(error))
         seconds = round(time.perf_counter() - started, 2) if done.status == "done" else None
         note = "; ".join(done.notes) or None
         return ClipRow(

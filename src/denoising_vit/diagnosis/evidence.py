@@ -82,16 +82,7 @@ class _Photo:
 
 
 class EvidenceCollector:
-    """Collects the evidence of photos.
-
-    Args:
-        backbone: the backbone to diagnose.
-        options: options of the diagnosis.
-        others: further extractors to evaluate, by name.
-
-    Raises:
-        EvaluationError: if an extractor is named raw, subtract or exact.
-    """
+    """Collects the evidence of photos; ``others`` are further extractors to evaluate, by name."""
 
     def __init__(self, backbone: Backbone, options: DiagnoseOptions, others: Mapping[str, Extractor]) -> None:
         if taken := sorted(set(others) & set(OWN)):
@@ -218,7 +209,7 @@ class EvidenceCollector:
                 photo.at_whole.clear()
 
     def _blank(self, photos: list[np.ndarray], artifact: Tensor) -> dict[str, BlankProbe]:
-        """Features of the blank-image test by source, without ``exact``, which would fit every image."""
+        """Features of the blank-image test by source."""
         images = BlankProbe.of(self._backbone, self._whole.size, photos)
         raw = images.through(self._backbone)
         others = {name: images.through(extractor) for name, extractor in self._others.items()}
@@ -226,17 +217,14 @@ class EvidenceCollector:
 
     @torch.no_grad()
     def _responses(self) -> Tensor:
-        """Features of an all-black and an all-mean image, (2, h, w, C)."""
         mean, std = (per_channel(values) for values in (self._backbone.mean, self._backbone.std))
         black = (torch.zeros(3, *self._whole.size) - mean) / std
         return self._backbone(torch.stack([black, torch.zeros_like(black)])).cpu()
 
 
 def _pairs(name: str, upright: list[_Photo]) -> tuple[Tensor, Tensor]:
-    """Pairs on the patch grid, so that a finer field has no advantage.
-
-    F is the same in every view by construction, so ``exact`` is compared with a new view minus G.
-    """
+    """Pairs on the patch grid, so that a finer field has no advantage."""
+    # F is the same in every view by construction, so it is compared with a new view minus G.
     new = "subtract" if name == "exact" else name
     return torch.stack([photo.expected[name] for photo in upright]), torch.stack([p.at_crop[new] for p in upright])
 

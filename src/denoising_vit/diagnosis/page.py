@@ -16,8 +16,16 @@ from denoising_vit.diagnosis.options import WRITTEN
 from denoising_vit.environment import run_info
 from denoising_vit.files import Mark, owned_path
 from denoising_vit.maps import Palette
-from denoising_vit.show.pages import Picture, jpeg_uri, png_uri, render, write_page
-from denoising_vit.show.pages.rendering import basename, line_chart, scale_colours
+from denoising_vit.show.pages.rendering import (
+    Picture,
+    basename,
+    jpeg_uri,
+    line_chart,
+    png_uri,
+    render,
+    scale_colours,
+    write_page,
+)
 
 
 def write_diagnosis(diagnosis: Diagnosis, folder: Path, source: str) -> None:
@@ -110,18 +118,10 @@ def _rows(evidence: Evidence) -> tuple[list[_Row], tuple[float, float]]:
         ratio = shown.pixels.shape[1] / shown.pixels.shape[0]
         name = basename(shown.name)
         photo = Picture(jpeg_uri(shown.pixels), ratio, "photo", f"the photo {name}")
-        colours = [
-            Picture(png_uri(palette.colours("pca", features)), ratio, source, f"{source} features of {name} as colours")
-            for source, features in shown.maps.items()
-        ]
-        sizes = [
-            Picture(
-                png_uri(palette.colours("norm", features)),
-                ratio,
-                f"{source}, length",
-                f"length of {source} features of {name}",
-            )
-            for source, features in shown.maps.items()
-        ]
-        rows.append(_Row(photo, colours, sizes))
+        row = _Row(photo, [], [])
+        for source, features in shown.maps.items():
+            pca, norm = (png_uri(palette.colours(kind, features)) for kind in ("pca", "norm"))
+            row.colours.append(Picture(pca, ratio, source, f"{source} features of {name} as colours"))
+            row.norms.append(Picture(norm, ratio, f"{source}, length", f"length of {source} features of {name}"))
+        rows.append(row)
     return rows, (palette.norms.low, palette.norms.high)

@@ -66,17 +66,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Content:
-    """Rank and detail of the content, which cleaning must preserve.
+    """Rank and detail of the content, which cleaning must preserve; raw features also have those of their artifacts."""
 
-    Raw features also have the rank and detail of their artifacts.
-
-    Attributes:
-        effective_rank: RankMe.
-        detail: fraction of the variance in differences of adjacent patches.
-    """
-
-    effective_rank: float
-    detail: float
+    effective_rank: float  # RankMe
+    detail: float  # fraction of the variance in differences of adjacent patches
 
     @classmethod
     def of(cls, features: Tensor, clip: float) -> Content:

@@ -1,10 +1,9 @@
 # The names of this room and where each is defined: read by type checkers, and by lazy_loader on first use.
 from .clusters import Clusters
+from .colours import Foreground, NormScale, PCABasis, similarity_maps
 from .kinds import TITLES
-from .norms import NormScale, similarity_maps
 from .palette import Palette, read_palette, write_palette
 from .panel import draw_panel
-from .pca import Foreground, PCABasis
 from .sheet import draw_rows
 
 __all__ = [

@@ -35,36 +35,20 @@ _ANCHORS = {"left": "lm", "center": "mm", "right": "rm"}
 
 @dataclass(frozen=True)
 class Words:
-    """A line of text.
+    """A line of text."""
 
-    Attributes:
-        left: horizontal position of the anchor in pixels.
-        top: vertical position of the middle of the line in pixels.
-        text: the text.
-        size: font size in points.
-        colour: colour as ``#rrggbb``.
-        align: end of the line where the anchor is.
-        bold: bold type.
-        upward: rotated by 90 degrees to read upwards; centred.
-    """
-
-    left: float
-    top: float
+    left: float  # of the anchor, in pixels
+    top: float  # of the middle of the line, in pixels
     text: str
-    size: float
-    colour: str
-    align: Literal["left", "center", "right"] = "center"
+    size: float  # of the font, in points
+    colour: str  # #rrggbb
+    align: Literal["left", "center", "right"] = "center"  # end of the line where the anchor is
     bold: bool = False
-    upward: bool = False
+    upward: bool = False  # rotated by 90 degrees to read upwards; centred
 
 
 class Canvas:
-    """A white canvas; pictures are drawn first, then rings, then text.
-
-    Args:
-        width: width in pixels.
-        height: height in pixels.
-    """
+    """A white canvas, in pixels; pictures are drawn first, then rings, then text."""
 
     def __init__(self, width: int, height: int) -> None:
         self._width, self._height = width, height

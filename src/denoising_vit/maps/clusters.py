@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 
+from denoising_vit.maps.colours import settle_signs
 from denoising_vit.maps.features import RESOLUTION, Features, to_arrays, to_map
-from denoising_vit.maps.pca import settle_signs
 
 FIT_POINTS, MOST_POINTS = 4096, 16384
 """Maximum numbers of vectors per map, and over all maps, to fit k-means on; all vectors are assigned to clusters."""
@@ -62,11 +62,7 @@ class Clusters:
         return cls(found[_order(found)] * scale + centre)
 
     def labels(self, features: Features) -> np.ndarray:
-        """The cluster of each feature: (h, w) int64, 0 to k - 1.
-
-        Raises:
-            ValueError: if the shape is not (h, w, C) with this C, or values are not finite.
-        """
+        """The cluster of each feature (h, w, C), 0 to k - 1: (h, w) int64; ValueError as in :func:`to_map`."""
         array = to_map(features, self.centres.shape[1])
         middle = self.centres.mean(0)
         centres = self.centres - middle
@@ -75,7 +71,7 @@ class Clusters:
         return np.stack([((row.astype(np.float64) - middle) @ centres.T - halves).argmax(1) for row in array])
 
     def colours(self, features: Features) -> np.ndarray:
-        """Clusters of features (h, w, C) as a picture (h, w, 3) uint8; ValueError as in :meth:`labels`."""
+        """Clusters of features (h, w, C) as a picture (h, w, 3) uint8; ValueError as in :func:`to_map`."""
         count = len(self.centres)
         if count <= 20:
             table = colormaps["tab10" if count <= 10 else "tab20"](np.arange(count), bytes=True)

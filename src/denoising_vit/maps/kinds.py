@@ -7,17 +7,11 @@ from typing import NamedTuple
 
 
 class MapKind(NamedTuple):
-    """A kind of maps.
+    """A kind of maps."""
 
-    Attributes:
-        title: heading of its pictures.
-        legend: meaning of its colours.
-        fields: attributes of a palette that it takes its colours from; empty if a palette does not draw it.
-    """
-
-    title: str
-    legend: str = ""
-    fields: tuple[str, ...] = ()
+    title: str  # heading of its pictures
+    legend: str = ""  # meaning of its colours
+    fields: tuple[str, ...] = ()  # attributes of a palette with its colours; empty if a palette does not draw it
 
 
 SIMILARITY = "similarity"

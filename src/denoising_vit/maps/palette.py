@@ -18,10 +18,9 @@ from denoising_vit.backbones.recorded import is_recorded, mismatch, names_backbo
 from denoising_vit.errors import FormatError
 from denoising_vit.files import KEY, Mark, below, read_record, require_ours, require_version, write_tensors
 from denoising_vit.maps.clusters import Clusters
+from denoising_vit.maps.colours import Foreground, NormScale, PCABasis
 from denoising_vit.maps.features import Bar, Features, lookup, to_arrays
 from denoising_vit.maps.kinds import MAP_KINDS, TITLES
-from denoising_vit.maps.norms import NormScale
-from denoising_vit.maps.pca import Foreground, PCABasis
 
 #: Approximate number of vectors to fit a palette of many maps on.
 ENOUGH = 131_072

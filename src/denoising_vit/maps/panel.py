@@ -12,11 +12,10 @@ from torch import Tensor
 
 from denoising_vit.decomposition.options import STAGE_ONE
 from denoising_vit.decomposition.result import Decomposition
+from denoising_vit.maps.colours import SIMILARITY_BAR, NormScale, PCABasis, similarity_maps
 from denoising_vit.maps.features import Bar, to_map
 from denoising_vit.maps.kinds import MAP_KINDS, SIMILARITY
-from denoising_vit.maps.norms import SIMILARITY_BAR, NormScale, similarity_maps
 from denoising_vit.maps.palette import Palette
-from denoising_vit.maps.pca import PCABasis
 from denoising_vit.maps.sheet import BESIDE, CELL, STEEPEST, Sheet, number, shorten
 
 FINER = 4
@@ -106,10 +105,10 @@ def draw_panel(
 
 def _columns(maps: dict[str, Tensor], palette: Palette) -> dict[str, Column]:
     """The four kinds of maps of each of the features."""
-    alike = similarity_maps(*maps.values())
+    similar = similarity_maps(*maps.values())
     return {
-        name: [*((palette.colours(kind, one), palette.bar(kind)) for kind in _KINDS), (likeness, SIMILARITY_BAR)]
-        for (name, one), likeness in zip(maps.items(), alike, strict=True)
+        name: [*((palette.colours(kind, one), palette.bar(kind)) for kind in _KINDS), (pixels, SIMILARITY_BAR)]
+        for (name, one), pixels in zip(maps.items(), similar, strict=True)
     }
 
 

@@ -26,11 +26,8 @@ STEEPEST = 4.0
 class Sheet:
     """A figure with rows and columns, laid out in whole pixels so that patches stay sharp.
 
-    Args:
-        aspects: aspect ratio (width / height) of the pictures of each row.
-        columns: number of columns.
-        title: a line above everything.
-        apart: column with extra space before it.
+    ``aspects`` are the aspect ratios (width / height) of the pictures of each row; column ``apart`` has extra space
+    before it.
     """
 
     def __init__(

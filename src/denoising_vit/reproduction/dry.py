@@ -15,8 +15,7 @@ from denoising_vit.evaluation import depth
 from denoising_vit.evaluation.depth.data import NYU_SIZE
 from denoising_vit.evaluation.segmentation import RELEASED
 from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS
-from denoising_vit.reproduction.running import Protocols
-from denoising_vit.reproduction.training import DenoiserRecipe, DistilledRecipe
+from denoising_vit.reproduction.running import DenoiserRecipe, DistilledRecipe, Protocols
 from denoising_vit.training.options import ViewOptions
 
 #: Sizes of the two images of each split: one is padded, the other divided into windows.
@@ -24,11 +23,7 @@ _SIZES = ((48, 64), (60, 40))
 
 
 def dry_backbone(model: str) -> Backbone:
-    """The model with two blocks and random weights.
-
-    Raises:
-        BackboneError: if timm has no such model.
-    """
+    """The model with two blocks and random weights; BackboneError if timm has no such model."""
     built = build_timm_model(model, pretrained=False, depth=2)
     return TimmBackbone(built, name=model, stride=None, layer=-1, norm=True, weights="random, two blocks")
 

@@ -15,25 +15,15 @@ Status = Literal["done", "ready", "missing"]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Evaluation data of the rows.
-
-    Attributes:
-        name: name for tables.
-        task: evaluation task.
-        layout: layout name in results.
-        place: path below the data folder.
-        needs: required files and folders below this path.
-        source: source of the data.
-        figures: names of the published scores, by metric.
-    """
+    """Evaluation data of the rows."""
 
     name: str
     task: str
-    layout: str
-    place: str
-    needs: tuple[str, ...]
+    layout: str  # as named in results
+    place: str  # path below the data folder
+    needs: tuple[str, ...]  # required files and folders below this path
     source: str
-    figures: Mapping[str, str]
+    figures: Mapping[str, str]  # names of the published scores, by metric
 
 
 VOC = Benchmark(
@@ -67,18 +57,11 @@ NYU = Benchmark(
 
 @dataclass(frozen=True)
 class TrainingPhotos:
-    """Training photos of denoisers and distilled models.
+    """Training photos of denoisers and distilled models."""
 
-    Attributes:
-        places: folders below the data folder; the first is required, the others are optional.
-        source: source of the photos.
-        listed: list of the photos to use in order, in the data folder; None uses all.
-        list_source: source of the list.
-    """
-
-    places: tuple[str, ...]
+    places: tuple[str, ...]  # folders below the data folder; the first is required, the others are optional
     source: str
-    listed: str | None = None
+    listed: str | None = None  # list of the photos to use in order, in the data folder; None uses all
     list_source: str = ""
 
     def lacking(self, data: Path) -> tuple[str, str] | None:
@@ -101,13 +84,7 @@ IMAGENET_PHOTOS = TrainingPhotos(("imagenet/train",), "ILSVRC2012_img_train.tar,
 
 @dataclass(frozen=True)
 class Variant:
-    """Training of a published variant.
-
-    Attributes:
-        features: kind of features to evaluate.
-        denoiser: training photos of the denoiser; None without a denoiser.
-        distilled: training photos of the distilled model; None without distillation.
-    """
+    """The kind of features of a published variant, and the training photos of its denoiser and distilled model."""
 
     features: str
     denoiser: TrainingPhotos | None = None
@@ -126,27 +103,16 @@ VARIANTS_MADE: Mapping[str, Variant] = {
 
 @dataclass(frozen=True)
 class Step:
-    """One benchmark of one row.
-
-    Attributes:
-        benchmark: the data.
-        status: status of the step.
-        why: missing data and their source; empty if nothing is missing.
-    """
+    """One benchmark of one row."""
 
     benchmark: Benchmark
     status: Status
-    why: str = ""
+    why: str = ""  # missing data and their source
 
 
 @dataclass(frozen=True)
 class Row:
-    """A published row and its steps.
-
-    Attributes:
-        published: published scores.
-        steps: one step per benchmark with published scores.
-    """
+    """A published row, and one step per benchmark with published scores."""
 
     published: PublishedRow
     steps: tuple[Step, ...]
@@ -178,23 +144,14 @@ def _row(row: PublishedRow, data: Path, lines: Sequence[dict[str, Any]]) -> Row:
 
 def _step(row: PublishedRow, benchmark: Benchmark, data: Path, lines: Sequence[dict[str, Any]]) -> Step:
     measured = {"model": row.model, "variant": row.variant}
-    if any(_measures(line, measured, benchmark) for line in lines):
+    good = (line for line in lines if line.get("published") == measured and not line.get("failed"))
+    if any(line["settings"]["data"]["layout"] == benchmark.layout for line in good):
         return Step(benchmark, "done")
-    lacking = [name for name in benchmark.needs if not (data / benchmark.place / name).exists()]
-    if lacking:
-        where = data / benchmark.place
-        words = f"{where} lacks {', '.join(lacking)}; source: {benchmark.source}"
-        return Step(benchmark, "missing", words)
+    where = data / benchmark.place
+    if lacking := [name for name in benchmark.needs if not (where / name).exists()]:
+        return Step(benchmark, "missing", f"{where} lacks {', '.join(lacking)}; source: {benchmark.source}")
     made = VARIANTS_MADE[row.variant]
     for what, photos in (("denoiser is trained", made.denoiser), ("model is distilled", made.distilled)):
         if photos is not None and (needed := photos.lacking(data)) is not None:
             return Step(benchmark, "missing", f"the {what} on {needed[0]}, which is missing; source: {needed[1]}")
     return Step(benchmark, "ready")
-
-
-def _measures(line: dict[str, Any], measured: dict[str, str], benchmark: Benchmark) -> bool:
-    return (
-        line.get("published") == measured
-        and not line.get("failed")
-        and line["settings"]["data"]["layout"] == benchmark.layout
-    )

@@ -89,16 +89,8 @@ LONG_SIDE = 518
 #: Options that do not change the frames.
 _INDIFFERENT = ("palette", "batch_size")
 
-_LEAST = {
-    "size": 1,
-    "panel_size": 64,
-    "every": 1,
-    "max_frames": 1,
-    "basis_frames": 1,
-    "part_frames": 1,
-    "views": 2,
-    "batch_size": 1,
-}
+_LEAST = dict.fromkeys(("size", "every", "max_frames", "basis_frames", "part_frames", "batch_size"), 1)
+_LEAST |= {"panel_size": 64, "views": 2}
 
 
 @dataclass(frozen=True)
@@ -198,10 +190,7 @@ def shown_size(size: tuple[int, int], backbone: Backbone, options: VideoOptions)
             f"one patch of {backbone.patch_size} pixels; increase --size"
         )
     height, width = (
-        min(
-            nearest_sizes(round(side), backbone.patch_size, backbone.stride),
-            key=lambda fitting: abs(fitting - side),
-        )
+        min(nearest_sizes(round(side), backbone.patch_size, backbone.stride), key=lambda fitting: abs(fitting - side))
         for side in ideal
     )
     return height, width

@@ -21,9 +21,9 @@ from denoising_vit.extractors import KINDS, Cleaners
 from denoising_vit.files import atomic_path
 from denoising_vit.maps import Clusters, NormScale, Palette, PCABasis, similarity_maps
 from denoising_vit.maps.canvas import FORMATS
+from denoising_vit.maps.colours import SIMILARITY_BAR
 from denoising_vit.maps.features import Bar
 from denoising_vit.maps.kinds import MAP_KINDS, SIMILARITY
-from denoising_vit.maps.norms import SIMILARITY_BAR
 from denoising_vit.maps.sheet import Sheet
 from denoising_vit.progress import OnProgress
 from denoising_vit.show.options import ShowOptions
@@ -62,11 +62,6 @@ class PhotoExtractor:
         options: options of stage 1; the size applies to all features.
         tiling: tiling of photos larger than the backbone's input.
 
-    Attributes:
-        backbone: the backbone.
-        names: the features, in order.
-        passes: forward passes for one photo, or for one tile.
-
     Raises:
         DenoisingVitError: as in :meth:`Cleaners.extractor`, or if size or views do not fit.
     """
@@ -85,22 +80,15 @@ class PhotoExtractor:
         sharing = next((name for name in names if name != "raw" and made[name].backbone is backbone), None)
         self._raw_from = sharing or "raw"
         self._made = {name: one for name, one in made.items() if name != "raw" or sharing is None}
+        #: Forward passes for one photo, or for one tile.
         self.passes = sum(one.work for one in self._made.values())
 
     def open(self, photo: Path) -> Picture:
-        """Open a photo; with tiling, it may be read region by region.
-
-        Raises:
-            PhotoError: if it cannot be read, or is too large.
-        """
+        """Open a photo, with tiling perhaps region by region; PhotoError if it cannot be read, or is too large."""
         return open_for(next(iter(self._made.values())), photo, self._max_pixels)
 
     def __call__(self, picture: Picture, *, name: str = "photo", progress: OnProgress = lambda *_: None) -> ShownPhoto:
-        """The features of a photo (H, W, 3) uint8.
-
-        Raises:
-            DenoisingVitError: if the photo cannot be used.
-        """
+        """The features of a photo (H, W, 3) uint8; DenoisingVitError if the photo cannot be used."""
         found: dict[str, Decomposition] = {}
         before = 0
         for feature, denoising in self._made.items():
@@ -151,8 +139,8 @@ def pictures(photo: ShownPhoto, palette: Palette, options: ShowOptions) -> dict[
         elif kind == SIMILARITY:
             height, width = next(iter(maps.values())).shape[:2]
             at = min(int(options.at[0] * height), height - 1), min(int(options.at[1] * width), width - 1)
-            alike = similarity_maps(*maps.values(), at=at)
-            drawn[kind] = {name: DrawnMap(pixels, SIMILARITY_BAR) for name, pixels in zip(maps, alike, strict=True)}
+            similar = similarity_maps(*maps.values(), at=at)
+            drawn[kind] = {name: DrawnMap(pixels, SIMILARITY_BAR) for name, pixels in zip(maps, similar, strict=True)}
         else:
             bar = palette.bar(kind)
             drawn[kind] = {name: DrawnMap(palette.colours(kind, one), bar) for name, one in maps.items()}

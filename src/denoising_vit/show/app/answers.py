@@ -118,11 +118,7 @@ class Answer:
 
 
 def read_upload(path: Path) -> np.ndarray:
-    """An uploaded photo or a sample as (H, W, 3) uint8.
-
-    Raises:
-        PhotoError: if it cannot be read; the message names the file without its folder.
-    """
+    """An uploaded photo or a sample as (H, W, 3) uint8; PhotoError if it cannot be read, without its folder's name."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -158,11 +154,7 @@ def answer(models: Models, keep: Keep, photo: Path, settings: Settings, progress
 
 
 def options_of(model: Model, settings: Settings) -> DenoiseOptions:
-    """Stage 1 options from the settings.
-
-    Raises:
-        AppError: if the backbone does not support the method, or a setting is out of range.
-    """
+    """Stage 1 options; AppError if the backbone does not support the method, or a setting is out of range."""
     if settings.method not in model.methods:
         raise AppError(
             f"{model.backbone.name} at layer {model.backbone.layer} does not support method {settings.method!r}; "

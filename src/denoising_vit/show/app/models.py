@@ -116,13 +116,7 @@ class Models:
         )
 
     def require_given(self) -> Model:
-        """The first backbone, after checking the given denoiser and artifact.
-
-        Raises:
-            DenoiserError, ArtifactError: if one of them belongs to another backbone, or is not found.
-            FormatError: if a file is missing, damaged or of another type.
-            BackboneError, WeightsError: if the backbone cannot be loaded.
-        """
+        """The first backbone, with a denoiser and an artifact that must fit; errors as of their loading functions."""
         backbone, _ = self._loaded(self.spec.backbone)
         if self._denoiser is not None:
             find_denoiser(self._denoiser, backbone)
@@ -139,10 +133,7 @@ def what_it_needs(name: str) -> str:
 
 
 def _known(
-    given: str | None,
-    shipped: Callable[[Backbone], T | None],
-    find: Callable[[str, Backbone], T],
-    backbone: Backbone,
+    given: str | None, shipped: Callable[[Backbone], T | None], find: Callable[[str, Backbone], T], backbone: Backbone
 ) -> T | None:
     """The given cleaner of a backbone, or the one in the package; None if neither fits."""
     if given is None or given == SHIPPED:

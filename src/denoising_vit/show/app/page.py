@@ -229,11 +229,7 @@ table.figures td:not(:last-child) { white-space: nowrap; }
 
 def theme() -> Base:
     """Gradio's default theme with system fonts, so that nothing is downloaded."""
-    return Default(
-        primary_hue="blue",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    ).set(
+    return Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700",

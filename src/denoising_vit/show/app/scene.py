@@ -70,12 +70,8 @@ class Scene:
     def maps(self, kind: str, at: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Raw and denoised features as pictures (height, width, 3) uint8 with sharp patches.
 
-        Args:
-            kind: one of :data:`LEGENDS`.
-            at: (row, column) of the patch for similarity.
-
-        Raises:
-            AppError: if the kind or the patch does not exist.
+        ``kind`` is one of :data:`LEGENDS`, and ``at`` the (row, column) of the patch for similarity; AppError if one of
+        them does not exist.
         """
         if kind not in LEGENDS:
             raise AppError(f"unknown map {kind!r}; choose from {', '.join(LEGENDS)}")

@@ -35,15 +35,10 @@ _SCIKIT_IMAGE = {"astronaut": "astronaut.png", "coffee": "coffee.png", "rocket":
 
 @dataclass(frozen=True)
 class Opened:
-    """An open page.
+    """The addresses of an open page."""
 
-    Attributes:
-        url: local address.
-        shared: public address, if any.
-    """
-
-    url: str
-    shared: str | None
+    url: str  # on this computer
+    shared: str | None  # in the internet
 
 
 @contextlib.contextmanager
@@ -56,7 +51,8 @@ def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
         DenoiserError, ArtifactError, FormatError: if its denoiser or artifact does not fit.
     """
     options.validate()
-    require_gradio()
+    if importlib.util.find_spec("gradio") is None:
+        raise AppError(f"the page needs gradio: install {extra_hint('app')}")
     require_free(options.host, options.port)
     samples = find_samples(options.examples)
     warm(models)
@@ -89,12 +85,6 @@ def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
         finally:
             handlers.visitors.all_leave(_PATIENCE)
             page.close(verbose=False)
-
-
-def require_gradio() -> None:
-    """Raise AppError if Gradio is not installed."""
-    if importlib.util.find_spec("gradio") is None:
-        raise AppError(f"the page needs gradio: install {extra_hint('app')}")
 
 
 def require_free(host: str, port: int) -> None:
@@ -130,11 +120,7 @@ def _is_free(family: int, host: str, port: int) -> bool:
 
 
 def find_samples(folder: Path | None = None) -> dict[str, Path]:
-    """Sample photos by name: those of the folder, of the package, and of scikit-image if installed.
-
-    Raises:
-        AppError: if a folder is given and has no photos.
-    """
+    """Sample photos of the folder (AppError if it has none), the package, and scikit-image if installed, by name."""
     own = {}
     if folder is not None:
         photos, _ = find_photos([str(folder)])

@@ -32,13 +32,9 @@ class _Section:
 
 @dataclass
 class PhotosPage:
-    """Collects finished photos and renders the page.
+    """Collects finished photos and renders the page."""
 
-    Attributes:
-        command: command line that repeats the run.
-    """
-
-    command: str | None
+    command: str | None  # command line that repeats the run
     _sections: list[_Section] = field(default_factory=list)
     _left_out: int = 0
 
@@ -70,14 +66,7 @@ class PhotosPage:
         self._sections.append(_Section(name, shown, lines, scales))
 
     def render(self, rows: list[dict[str, Any]], about: dict[str, str | None], backbone: str) -> str:
-        """The page as HTML.
-
-        Args:
-            rows: outcome of each photo: ``image``, ``status``, ``views``, ``heldout_r2``, ``heldout_cosine``,
-                ``seconds``, ``note``.
-            about: details of the run by name.
-            backbone: name of the backbone.
-        """
+        """The page as HTML, from a row of `dvit denoise --json` for each photo and details of the run by name."""
         return render(
             "photos.html",
             backbone=backbone,

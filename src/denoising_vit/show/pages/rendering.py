@@ -18,8 +18,8 @@ from PIL import Image
 
 from denoising_vit.environment import package_version
 from denoising_vit.files import Mark, atomic_path, owned_path
+from denoising_vit.maps.colours import NORM_COLOURS
 from denoising_vit.maps.features import lookup
-from denoising_vit.maps.norms import NORM_COLOURS
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,7 @@ class Picture:
 
 
 def render(template: str, package: str = "denoising_vit.show.pages", **values: Any) -> str:
-    """Render a page from a template.
-
-    Args:
-        template: file name.
-        package: package of the template; ``base.html`` is always from this package.
-        **values: variables of the template; text is escaped.
-    """
+    """Render a page from a template of a package; text in values is escaped. ``base.html`` is always from here."""
     packages = dict.fromkeys((package, "denoising_vit.show.pages"))
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(name, ".") for name in packages]),
@@ -53,14 +47,9 @@ def render(template: str, package: str = "denoising_vit.show.pages", **values: A
 
 
 def write_page(page: str, path: Path, mark: Mark | None = None) -> None:
-    """Write a page atomically; with a mark, replace only a file with the same mark.
-
-    Raises:
-        OutputError: if a file with another mark or without a mark exists.
-        OSError: if the file cannot be written.
-    """
+    """Write a page atomically; with a mark, OutputError if a file with another mark or without a mark exists."""
     # File names need not be valid text; invalid characters are escaped.
-    with atomic_path(Path(path)) if mark is None else owned_path(Path(path), mark) as temporary:
+    with atomic_path(path) if mark is None else owned_path(path, mark) as temporary:
         temporary.write_bytes(page.encode("utf-8", "backslashreplace"))
 
 
@@ -130,23 +119,14 @@ class Line:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Lines over the same steps.
-
-    Attributes:
-        title: title of the chart.
-        unit: unit of the steps.
-        lines: at most three.
-        down: y and text of the labels of the vertical axis.
-        across: x and text of the labels of the horizontal axis.
-        marks: x, y, step and value of marked points.
-    """
+    """Lines over the same steps."""
 
     title: str
-    unit: str
-    lines: tuple[Line, ...]
-    down: tuple[tuple[float, str], ...]
-    across: tuple[tuple[float, str], ...]
-    marks: tuple[tuple[float, float, float, float], ...] = ()
+    unit: str  # of the steps
+    lines: tuple[Line, ...]  # at most three
+    down: tuple[tuple[float, str], ...]  # y and text of the labels of the vertical axis
+    across: tuple[tuple[float, str], ...]  # x and text of the labels of the horizontal axis
+    marks: tuple[tuple[float, float, float, float], ...] = ()  # x, y, step and value of marked points
 
 
 def line_chart(

@@ -35,11 +35,7 @@ _FIGURES = (
         "Number of directions the features use; a value far below the target's means lost content.",
     ),
     ("position, R²", "place", "How well a linear fit predicts a patch's position; lower is cleaner."),
-    (
-        "position by neighbours, R²",
-        "place_neighbours",
-        "The same, predicted from the nearest patches of other images.",
-    ),
+    ("position by neighbours, R²", "place_neighbours", "The same, predicted from the nearest patches of other images."),
     (
         "blank images, variance left",
         "blank_variance",
@@ -47,11 +43,7 @@ _FIGURES = (
     ),
     ("blank images, high frequencies left", "blank_detail", "The same for the differences between adjacent patches."),
     ("blurred photos, high frequencies left", "blurred_detail", "The same on heavily blurred photos."),
-    (
-        "change under shifts, relative to raw",
-        "shift_change",
-        "Change of the features under sub-patch shifts.",
-    ),
+    ("change under shifts, relative to raw", "shift_change", "Change of the features under sub-patch shifts."),
     (
         "photos, variance left",
         "photo_variance",
@@ -85,15 +77,9 @@ def render_run(folder: Path) -> str:
 
 
 def _charts(run: RunRecord) -> list[LineChart]:
+    sources = {"trained": "", "raw": "raw_", "target": "target_"}
     looks = [
-        line_chart(
-            title,
-            "steps",
-            {
-                name: _values(run.looks, f"{before}{key}")
-                for name, before in (("trained", ""), ("raw", "raw_"), ("target", "target_"))
-            },
-        )
+        line_chart(title, "steps", {name: _values(run.looks, before + key) for name, before in sources.items()})
         for title, key in _LOOKS
     ]
     steps = [line_chart(title, "steps", {key: _values(run.steps, key)}) for title, key in _STEPS]
@@ -135,12 +121,7 @@ def _panels(folder: Path, best: Mapping[str, Any] | None) -> list[Picture]:
 
 
 def write_run_page(folder: Path) -> Path:
-    """Write ``run.html`` into the folder of a run and return its path.
-
-    Raises:
-        EvaluationError: if the folder is not a run folder.
-        OSError: if it cannot be written.
-    """
+    """Write ``run.html`` into the folder of a run, and return its path; errors as in :func:`render_run`."""
     path = folder / "run.html"
     write_page(render_run(folder), path)
     return path

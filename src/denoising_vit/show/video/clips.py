@@ -56,25 +56,15 @@ class Frame:
 
 
 class Clip(ABC):
-    """Frames with their times.
+    """Frames with their times."""
 
-    Attributes:
-        path: the file or folder.
-        size: (H, W) in pixels of the first frame as displayed.
-        count: number of frames, estimated before decoding; at least 1.
-        time_base: seconds in a unit of time.
-        rate: average frames per second.
-        digest: identifies the content.
-        missing: number of frames that the header lists but the file lacks.
-    """
-
-    path: Path
-    size: tuple[int, int]
-    count: int
-    time_base: Fraction
-    rate: Fraction
-    digest: str
-    missing: int = 0
+    path: Path  # the file or folder
+    size: tuple[int, int]  # (H, W) in pixels of the first frame as displayed
+    count: int  # number of frames, estimated before decoding; at least 1
+    time_base: Fraction  # seconds in a unit of time
+    rate: Fraction  # average frames per second
+    digest: str  # identifies the content
+    missing: int = 0  # number of frames that the header lists but the file lacks
 
     @abstractmethod
     def timed(self) -> Iterator[Timed]:

@@ -24,11 +24,7 @@ _BT709, _LIMITED = 1, 1
 
 
 def find_encoder() -> str:
-    """The name of the first available encoder.
-
-    Raises:
-        ClipError: if PyAV is not installed, or was built without one.
-    """
+    """The name of the first available encoder; ClipError if PyAV is not installed, or was built without one."""
     av = needed("av", "video", ClipError)
     for name in ENCODERS:
         if name in av.codecs_available:
@@ -88,17 +84,9 @@ def frames_in(part: Path) -> int:
 
 
 def join(parts: Sequence[Path], path: Path, end: Fraction, comment: str, *, new: bool = False) -> None:
-    """Join parts into one streamable MP4 file.
+    """Join parts in order into one streamable MP4 file, with a comment in its metadata.
 
-    Args:
-        parts: the parts in order.
-        path: the file.
-        end: end of the last frame in seconds.
-        comment: comment in the file's metadata.
-        new: fail instead of replacing a file.
-
-    Raises:
-        OSError: if the file cannot be written.
+    ``end`` is the end of the last frame in seconds; ``new`` raises FileExistsError instead of replacing a file.
     """
     av = needed("av", "video", ClipError)
     with (

@@ -24,18 +24,9 @@ from denoising_vit.views.rendering import per_channel
 
 
 class FrameFeatures:
-    """Extractor of the features of frames, by name.
+    """Extractor of the features of frames, by name; DenoisingVitError as in :meth:`Cleaners.extractor`.
 
-    Args:
-        backbone: the backbone.
-        cleaners: the cleaners to use.
-        options: selects the features.
-
-    Attributes:
-        identity: identifies backbone and cleaners, as JSON values.
-
-    Raises:
-        DenoisingVitError: as in :meth:`Cleaners.extractor`.
+    ``identity`` identifies backbone and cleaners, as JSON values.
     """
 
     def __init__(self, backbone: Backbone, cleaners: Cleaners, options: VideoOptions) -> None:

@@ -42,21 +42,13 @@ Maps = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class RenderedVideo:
-    """Result for a clip.
-
-    Attributes:
-        path: the video.
-        status: ``done``, or ``kept`` if it existed.
-        frames: number of frames; None if it was kept.
-        resumed: number of frames from an earlier run.
-        notes: remarks for the user.
-    """
+    """Result for a clip."""
 
     path: Path
-    status: Literal["done", "kept"]
-    frames: int | None = None
-    resumed: int = 0
-    notes: tuple[str, ...] = ()
+    status: Literal["done", "kept"]  # kept: it existed
+    frames: int | None = None  # None if it was kept
+    resumed: int = 0  # number of frames from an earlier run
+    notes: tuple[str, ...] = ()  # remarks for the user
 
 
 def render_video(
@@ -134,16 +126,10 @@ class _Run:
     """The rendering of one video."""
 
     def __init__(
-        self,
-        maker: VideoMaker,
-        clip: Clip,
-        out: Path,
-        parts: Parts,
-        frame_folder: FrameFolder | None,
-        progress: OnProgress,
+        self, maker: VideoMaker, clip: Clip, out: Path, parts: Parts, frames: FrameFolder | None, progress: OnProgress
     ) -> None:
         self._maker, self._clip, self._out, self._parts, self._progress = maker, clip, out, parts, progress
-        self._frame_folder = frame_folder
+        self._frame_folder = frames
         self._options = options = maker.options
         self._shown = shown_size(clip.size, maker.backbone, options)
         self._panel = panel_size(clip.size, options)
@@ -187,10 +173,8 @@ class _Run:
             self._ready |= {frame.number: maps for frame, maps in self._extracted(batch)}
             self._progress(len(self._ready), self._total)
         if not self._ready:  # fewer frames than the header says
-            chosen = {0}
-            self._ready = {
-                frame.number: maps for frame, maps in self._extracted([next(self._frames(lambda n: n == 0, 1))])
-            }
+            first = next(self._frames(lambda number: number == 0, 1))
+            self._ready = {frame.number: maps for frame, maps in self._extracted([first])}
         self._fitted_on = frozenset(self._ready)
         colours = Palette([found for maps in self._ready.values() for found in maps.values()], most=_ENOUGH)
         write_palette(colours, palette, panel_fields(self._panels))
