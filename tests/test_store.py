@@ -488,6 +488,13 @@ def test_other_weights_are_detected_by_their_fingerprint() -> None:
     assert "-1.000, expected above 0.999" in difference
 
 
+@pytest.mark.parametrize("values", [(), FINGERPRINT[:2]])
+def test_fingerprints_of_other_lengths_are_a_mismatch(values: tuple[float, ...]) -> None:
+    manifest = make_manifest()
+    (difference,) = manifest.mismatch(make_manifest(backbone=manifest.backbone | {"fingerprint": values}))
+    assert difference.endswith("different lengths")
+
+
 def test_other_images_are_a_mismatch(store: FeatureStore) -> None:
     with pytest.raises(StoreError, match=r"images: the store has 5 .*this run has 4"):
         FeatureStore.create_or_open(store.url, make_manifest(), IDS[:4])

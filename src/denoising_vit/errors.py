@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class DenoisingVitError(Exception):
     """Base class of all errors that this package raises deliberately."""
@@ -81,3 +83,11 @@ class ClipError(DenoisingVitError):
 
 class DenoisingVitWarning(UserWarning):
     """A problem that does not stop the work."""
+
+
+def require_at_least(options: object, least: Mapping[str, float], error: type[DenoisingVitError]) -> None:
+    """Raise the error unless each of these options is None or at least this number; NaN is rejected too."""
+    for name, number in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= number:
+            raise error(f"{name} must be at least {number}, got {value}")

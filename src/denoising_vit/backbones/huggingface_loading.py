@@ -14,10 +14,10 @@ from torch import nn
 
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.backbones.huggingface import FAMILIES, Family, HuggingFaceBackbone, Shown, square_side
-from denoising_vit.backbones.runtime import first_line, offline_if_unreachable, seeded
+from denoising_vit.backbones.runtime import offline_if_unreachable, seeded
 from denoising_vit.backbones.weights import require_finite
 from denoising_vit.errors import BackboneError, DenoisingVitWarning, WeightsError
-from denoising_vit.files import extra_hint, parse_json
+from denoising_vit.files import extra_hint, first_line, parse_json
 
 #: Prefix of a hub id or directory.
 PREFIX = "hf:"

@@ -29,10 +29,11 @@ from denoising_vit.backbones.huggingface_loading import (
     wrap_huggingface,
 )
 from denoising_vit.backbones.module import Layout, ModuleBackbone
-from denoising_vit.backbones.recorded import is_recorded, mismatch
-from denoising_vit.backbones.runtime import device_at, dtype_on, first_line, offline_if_unreachable
+from denoising_vit.backbones.recorded import is_recorded, require_recorded
+from denoising_vit.backbones.runtime import device_at, dtype_on, offline_if_unreachable
 from denoising_vit.backbones.weights import load_weights, read_state_dict, require_finite
 from denoising_vit.errors import BackboneError, FormatError, WeightsError
+from denoising_vit.files import first_line
 
 if TYPE_CHECKING:
     from denoising_vit.backbones.timm_vit import TimmBackbone, TimmViT
@@ -233,9 +234,13 @@ def _read_weights(name: str, path: Path, own: TimmBackbone | None = None) -> dic
             f"{path}: stored as a difference from other weights, which must be float32, got {base.dtype}; load the "
             "model in float32"
         )
-    if not is_recorded(recorded, base):
-        remedy = "Use the weights that it was made from, or distil again from these"
-        raise FormatError(mismatch(f"{path}: stored as a difference from", recorded, base, remedy))
+    require_recorded(
+        recorded,
+        base,
+        f"{path}: stored as a difference from",
+        FormatError,
+        remedy="Use the weights that it was made from, or distil again from these",
+    )
     return with_difference(path, base.model.state_dict())
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from denoising_vit.errors import FormatError
+from denoising_vit.errors import DenoisingVitError, FormatError
 from denoising_vit.files import digest
 
 if TYPE_CHECKING:
@@ -105,6 +105,14 @@ def require_record(path: str | Path, record: Any) -> None:
 def is_recorded(recorded: dict[str, Any], backbone: Backbone) -> bool:
     """True if the backbone has the recorded weights, layer, norm and stride, by its fingerprint."""
     return backbone.fingerprint.matches(Fingerprint(tuple(recorded["fingerprint"])))
+
+
+def require_recorded(
+    recorded: dict[str, Any], backbone: Backbone, made: str, error: type[DenoisingVitError], *, remedy: str
+) -> None:
+    """Raise the error, with the message of :func:`mismatch`, unless the backbone is the recorded one."""
+    if not is_recorded(recorded, backbone):
+        raise error(mismatch(made, recorded, backbone, remedy))
 
 
 def recorded_words(recorded: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from denoising_vit.backbones.catalog import Dtype
 from denoising_vit.errors import BackboneError
+from denoising_vit.files import first_line
 
 _SEED_LOCK = threading.RLock()
 _HUB_LOCK = threading.RLock()
@@ -88,11 +89,6 @@ def offline_if_unreachable() -> Iterator[None]:
             yield
         finally:
             constants.HF_HUB_OFFLINE = before
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's text, for a message of this package."""
-    return next(iter(str(error).strip().splitlines()), "no reason given")
 
 
 def _reachable(url: str) -> bool:

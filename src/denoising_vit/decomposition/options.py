@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from denoising_vit.errors import PlanError
+from denoising_vit.errors import PlanError, require_at_least
 from denoising_vit.views.options import Coverage, CropOptions
 
 #: Methods that fit views; all other methods take one pass over the whole photo.
@@ -232,11 +232,8 @@ class DenoiseOptions(ExactOptions):
         Raises:
             PlanError: with the option, its range, and its value.
         """
-        least: dict[str, int] = {"views": 1, "held_out": 0, "batch_size": 1, "seed": 0, "smoothness": 0, "shrinkage": 0}
-        for name, least_value in least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least_value:  # also rejects NaN
-                raise PlanError(f"{name} must be at least {least_value}, got {value}")
+        least = {"views": 1, "held_out": 0, "batch_size": 1, "seed": 0, "smoothness": 0, "shrinkage": 0}
+        require_at_least(self, least, PlanError)
         self.crops()
         if self.clip is not None and not self.clip > 0:
             raise PlanError(f"clip must be a positive number of median absolute deviations, got {self.clip}")

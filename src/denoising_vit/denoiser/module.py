@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.passes import BlockedAttention
-from denoising_vit.backbones.recorded import backbone_words, is_recorded, mismatch, require_record
+from denoising_vit.backbones.recorded import backbone_words, require_record, require_recorded
 from denoising_vit.backbones.weights import models_among, read_state_dict, the_model, without_containers
 from denoising_vit.errors import DenoiserError, FormatError, WeightsError
 from denoising_vit.files import KEY, compact, is_safetensors, read_record, require_version, write_tensors
@@ -118,9 +118,9 @@ class Denoiser(nn.Module, Pretrained):
                 f"the denoiser has {self.embed_dim} channels, but {backbone_words(backbone)} has {backbone.embed_dim}. "
                 "Use a denoiser that was trained for it"
             )
-        if self.trained_for is not None and not is_recorded(self.trained_for, backbone):
-            remedy = "Use the backbone that it was trained for"
-            raise DenoiserError(mismatch("the denoiser was trained for", self.trained_for, backbone, remedy))
+        if self.trained_for is not None:
+            made, remedy = "the denoiser was trained for", "Use the backbone that it was trained for"
+            require_recorded(self.trained_for, backbone, made, DenoiserError, remedy=remedy)
 
     def forward(self, features: Tensor) -> Tensor:
         """Clean features (B, h, w, C) float32 from raw features (B, h, w, C).

@@ -21,7 +21,7 @@ from denoising_vit.errors import DenoisingVitError, EvaluationError
 from denoising_vit.extractors import Extractor
 from denoising_vit.metrics.blank_test import BLANK_PHOTOS, BlankProbe
 from denoising_vit.views.crops import Crop
-from denoising_vit.views.rendering import ViewRenderer, per_channel, to_image
+from denoising_vit.views.rendering import ViewRenderer, to_image
 from denoising_vit.views.sampling import at_patches, on_nodes
 
 #: Features in every diagnosis.
@@ -217,8 +217,7 @@ class EvidenceCollector:
 
     @torch.no_grad()
     def _responses(self) -> Tensor:
-        mean, std = (per_channel(values) for values in (self._backbone.mean, self._backbone.std))
-        black = (torch.zeros(3, *self._whole.size) - mean) / std
+        black = self._backbone.normalise(torch.zeros(3, *self._whole.size))
         return self._backbone(torch.stack([black, torch.zeros_like(black)])).cpu()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from denoising_vit.backbones import Backbone, load_backbone
 from denoising_vit.backbones.difference import WHOLE_VERSION, whole_record, write_difference
 from denoising_vit.backbones.loading import distilled_path, with_weights
-from denoising_vit.backbones.recorded import is_recorded, mismatch, require_record
+from denoising_vit.backbones.recorded import require_record, require_recorded
 from denoising_vit.backbones.timm_vit import TimmBackbone
 from denoising_vit.distilled.contrast import contrast, final_norm, stretched
 from denoising_vit.errors import FormatError, PlanError, TrainError
@@ -127,9 +127,9 @@ class DistilledWeights(Pretrained):
             raise PlanError(f"{path} is the file that is read; give the new file another name")
         recorded, how = self._loaded
         base = base or load_backbone(recorded["name"], **how, dtype="float32", device="cpu")
-        if not is_recorded(recorded, base):
-            remedy = "Load the whole file instead"
-            raise FormatError(mismatch(f"{self.path}: weights trained from", recorded, base, remedy))
+        require_recorded(
+            recorded, base, f"{self.path}: weights trained from", FormatError, remedy="Load the whole file instead"
+        )
         return base, self.backbone(dtype="float32", device="cpu")
 
     def backbone(self, **options: Any) -> Backbone:
@@ -188,9 +188,13 @@ def trained_further(backbone: Backbone, start: str | Path) -> Backbone:
     """
     path = distilled_path(backbone, start, how="--start FILE")
     recorded = DistilledWeights.load(path).record["backbone"]
-    if not is_recorded(recorded, backbone):
-        remedy = "Start from weights that were distilled from this backbone"
-        raise FormatError(mismatch(f"{path}: weights trained from", recorded, backbone, remedy))
+    require_recorded(
+        recorded,
+        backbone,
+        f"{path}: weights trained from",
+        FormatError,
+        remedy="Start from weights that were distilled from this backbone",
+    )
     return with_weights(backbone, path)
 
 

@@ -8,15 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar, get_args
 
 from denoising_vit.decomposition.options import DenoiseOptions, ExactOptions
-from denoising_vit.errors import PlanError
+from denoising_vit.errors import PlanError, require_at_least
 
 
 def at_least(options: Any, **least: int) -> None:
     """Raise PlanError unless each named option is at least this number, or None."""
-    for name, number in least.items():
-        value = getattr(options, name)
-        if value is not None and value < number:
-            raise PlanError(f"{name} must be at least {number}, got {value}")
+    require_at_least(options, least, PlanError)
 
 
 def positive(options: Any, *names: str) -> None:

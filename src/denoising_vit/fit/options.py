@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from denoising_vit.errors import PlanError
+from denoising_vit.errors import PlanError, require_at_least
 
 Engine = Literal["local", "ray"]
 Grid = Literal["field", "patch"]
@@ -59,10 +59,7 @@ class FitOptions:
             if value not in expected:
                 raise PlanError(f"{name} must be {' or '.join(map(repr, expected))}, got {value!r}")
         least = {"workers": 1, "images_per_shard": 1, "decoders": 1, "worker_cpus": 0, "worker_gpus": 0}
-        for name, number in least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= number:  # also rejects NaN
-                raise PlanError(f"{name} must be at least {number}, got {value}")
+        require_at_least(self, least, PlanError)
         alone = [name for name in ("ray_address", "worker_cpus", "worker_gpus") if getattr(self, name) is not None]
         if self.engine == "local" and (alone or self.workers != 1):
             raise PlanError(f"{', '.join(alone) or 'workers'} applies to engine 'ray' only; local has one process")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from denoising_vit.backbones.catalog import Dtype
-from denoising_vit.errors import PlanError
+from denoising_vit.errors import PlanError, require_at_least
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,8 @@ class PrepareOptions:
         Raises:
             PlanError: with the option, its range and its value.
         """
-        for name, least in {"sample": 0, "size": 1, "steps": 1, "batch_size": 1, "learning_rate": 0, "seed": 0}.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:  # also rejects NaN
-                raise PlanError(f"{name} must be at least {least}, got {value}")
+        least = {"sample": 0, "size": 1, "steps": 1, "batch_size": 1, "learning_rate": 0, "seed": 0}
+        require_at_least(self, least, PlanError)
 
     def recorded(self) -> dict[str, Any]:
         """Options that determine the files; training options only with training, so that it can be added later."""

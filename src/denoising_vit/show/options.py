@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from denoising_vit.decomposition.options import DenoiseOptions, StageOneCrops
-from denoising_vit.errors import AppError, ClipError, PlanError
+from denoising_vit.errors import AppError, ClipError, PlanError, require_at_least
 from denoising_vit.extractors import KINDS, Cleaners, features_arg, parse_names
 from denoising_vit.maps.kinds import MAP_KINDS, TITLES
 from denoising_vit.views.patch_grid import nearest_sizes
@@ -89,8 +89,11 @@ LONG_SIDE = 518
 #: Options that do not change the frames.
 _INDIFFERENT = ("palette", "batch_size")
 
-_LEAST = dict.fromkeys(("size", "every", "max_frames", "basis_frames", "part_frames", "batch_size"), 1)
-_LEAST |= {"panel_size": 64, "views": 2}
+_LEAST: dict[str, float] = {
+    **dict.fromkeys(("size", "every", "max_frames", "basis_frames", "part_frames", "batch_size"), 1),
+    "panel_size": 64,
+    "views": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,7 @@ class VideoOptions(StageOneCrops):
         parse_names(self.features, KINDS)
         if "dataset-pca" in self.shown and self.palette is None:
             raise PlanError("the panel dataset-pca needs a saved palette of a data set; give --palette FILE")
-        for name, least in _LEAST.items():
-            given = getattr(self, name)
-            if given is not None and given < least:
-                raise PlanError(f"{name} must be at least {least}, got {given}")
+        require_at_least(self, _LEAST, PlanError)
         self.as_denoising().crops()
         if self.side not in ("long", "short"):
             raise PlanError(f"side must be 'long' or 'short', got {self.side!r}")

@@ -12,7 +12,6 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.files import compact
 from denoising_vit.metrics.blank_test import random_blank_images
 from denoising_vit.training.samples import blank_numbers
-from denoising_vit.views.rendering import per_channel
 
 #: Number of images per size, and images per forward pass.
 BLANKS, _BATCH = 128, 4
@@ -88,5 +87,4 @@ def blank_loss(features: Tensor, raw: Tensor) -> Tensor:
 
 def blank_images(backbone: Backbone, size: tuple[int, int], count: int, seed: int) -> Tensor:
     """Random content-free images (count, 3, H, W), normalized, float32 on the CPU."""
-    mean, std = (per_channel(values) for values in (backbone.mean, backbone.std))
-    return (random_blank_images(count, size, seed) - mean) / std
+    return backbone.normalise(random_blank_images(count, size, seed))

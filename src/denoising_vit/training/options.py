@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from denoising_vit.errors import PlanError, TrainError
+from denoising_vit.errors import PlanError, TrainError, require_at_least
 from denoising_vit.views.options import CropOptions
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -128,10 +128,7 @@ class RunOptions:
         Raises:
             TrainError: with the option, its range, and the value.
         """
-        for name, least in self._least().items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:  # NaN fails too
-                raise TrainError(f"{name} must be at least {least}, got {value}")
+        require_at_least(self, self._least(), TrainError)
         if not 0 <= self.warmup < 1:
             raise TrainError(f"warmup must be a fraction in [0, 1), got {self.warmup}")
         if not 0 <= self.blank < 1:

@@ -10,7 +10,7 @@ import numpy as np
 
 from denoising_vit.training.options import ViewOptions
 from denoising_vit.views.crops import Crop
-from denoising_vit.views.plan import areas_and_ratios
+from denoising_vit.views.plan import areas_and_ratios, random_stream
 
 #: Purposes of random numbers; each has its own stream.
 _SPLIT, _ORDER, _STEP, _KEPT, _FRESH, _BLANK = range(6)
@@ -53,7 +53,7 @@ class Sampler:
 
     def step(self, step: int) -> list[Sample]:
         """The samples of a step, over all processes in rank order."""
-        stream = _stream(self.seed, _STEP, step)
+        stream = random_stream((self.seed, _STEP, step))
         size = int(stream.randint(len(self.sizes)))
         draws = stream.random_sample((self.pairs, 2))
         return [self._sample(step * self.pairs + slot, size, *draw) for slot, draw in enumerate(draws.tolist())]
@@ -74,7 +74,7 @@ class Sampler:
 
 def split(images: Sequence[int], held_out: int, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The images to train on and the held-out images, in their original order."""
-    drawn = _stream(seed, _SPLIT).permutation(len(images))[:held_out]
+    drawn = random_stream((seed, _SPLIT)).permutation(len(images))[:held_out]
     chosen = {images[place] for place in drawn}
     return tuple(i for i in images if i not in chosen), tuple(i for i in images if i in chosen)
 
@@ -83,17 +83,17 @@ def kept_view(seed: int, image: int, number: int, size: tuple[int, int], views: 
     """Kept view of this number: first the whole image, then its mirror image if views are mirrored, then crops."""
     if number < views.wholes:
         return whole_view(size, mirrored=number == 1)
-    return _crop(_stream(seed, _KEPT, image, number, *size), size, views)
+    return _crop(random_stream((seed, _KEPT, image, number, *size)), size, views)
 
 
 def fresh_view(seed: int, count: int, size: tuple[int, int], views: ViewOptions) -> Crop:
     """A new crop for the sample of this number, counted over the whole run."""
-    return _crop(_stream(seed, _FRESH, count), size, views)
+    return _crop(random_stream((seed, _FRESH, count)), size, views)
 
 
 def blank_numbers(seed: int, step: int, first: int, count: int, most: int) -> list[int]:
     """Numbers below ``most`` of ``count`` content-free images of a step, starting at ``first`` over all processes."""
-    return _stream(seed, _BLANK, step).randint(most, size=first + count)[first:].tolist()
+    return random_stream((seed, _BLANK, step)).randint(most, size=first + count)[first:].tolist()
 
 
 def whole_view(size: tuple[int, int], mirrored: bool) -> Crop:
@@ -116,9 +116,4 @@ def _crop(stream: np.random.RandomState, size: tuple[int, int], views: ViewOptio
 
 @lru_cache(maxsize=4)
 def _order(images: int, seed: int, epoch: int) -> tuple[int, ...]:
-    return tuple(_stream(seed, _ORDER, epoch).permutation(images).tolist())
-
-
-def _stream(*key: int) -> np.random.RandomState:
-    # RandomState is the only NumPy generator with a stream that is guaranteed not to change.
-    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(list(key))))
+    return tuple(random_stream((seed, _ORDER, epoch)).permutation(images).tolist())

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.recorded import is_recorded, mismatch, require_record
+from denoising_vit.backbones.recorded import require_record, require_recorded
 from denoising_vit.data import find_photos
 from denoising_vit.data.photos import read_photo
 from denoising_vit.errors import ArtifactError, FormatError, PhotoError
@@ -84,6 +84,10 @@ def require_same(recorded: dict[str, Any], backbone: Backbone, what: str) -> Non
     Raises:
         ArtifactError: naming both.
     """
-    if not is_recorded(recorded, backbone):
-        remedy = "Use that backbone, or find them again for this one"
-        raise ArtifactError(mismatch(f"{what} found for", recorded, backbone, remedy))
+    require_recorded(
+        recorded,
+        backbone,
+        f"{what} found for",
+        ArtifactError,
+        remedy="Use that backbone, or find them again for this one",
+    )

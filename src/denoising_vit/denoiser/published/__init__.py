@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from denoising_vit.errors import DenoiserError, EvaluationError
+from denoising_vit.files import first_line
 
 #: Hub repository of the published checkpoints.
 HUB_ID = "jjaiweiyang/DVT"
@@ -137,9 +138,8 @@ def fetch_published(model: str, variant: str) -> Path:
         with offline_if_unreachable():
             return Path(hf_hub_download(HUB_ID, name))
     except Exception as error:  # network, missing file, damaged cache, ...
-        reason = str(error).strip().splitlines()
         raise DenoiserError(
             f"{name} could not be downloaded from the hub ({type(error).__name__}: "
-            f"{reason[0] if reason else 'no reason given'}). Download {name} of {HUB_ID} on a machine with network "
+            f"{first_line(error)}). Download {name} of {HUB_ID} on a machine with network "
             "access, and give the file: --denoiser FILE"
         ) from error
