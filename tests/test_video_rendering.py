@@ -18,7 +18,7 @@ from torch import Tensor
 import tiny_artifact
 import tiny_denoiser
 import tiny_video as tiny
-from denoising_vit import Backbone
+from denoising_vit import Backbone, load_backbone
 from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import ClipError, DenoisingVitError, FormatError, OutputError, PlanError
 from denoising_vit.extractors import Cleaners
@@ -154,6 +154,20 @@ def test_all_panels_and_features(render: Render, frames: Path, tmp_path: Path) -
     assert len(PANELS) == 10
     assert sheets[0].shape == (GAP + 3 * (48 + HEADING + GAP), GAP + 10 * (80 + GAP), 3)
     assert not np.array_equal(sheets[0], sheets[1])
+
+
+def test_features_by_default_are_raw_and_clean_ones_of_one_pass() -> None:
+    backbone, options = tiny.backbone(), VideoOptions()
+    artifact = tiny_artifact.artifact_of(backbone)
+    for cleaners, expected in (
+        (Cleaners(), "raw,project"),
+        (Cleaners(artifact=artifact), "raw,subtract"),
+        (Cleaners(denoiser=tiny_denoiser.denoiser(backbone)), "raw,denoiser"),
+    ):
+        assert options.with_features(backbone, cleaners).features == expected
+    assert VideoOptions(features="exact").with_features(backbone, Cleaners()).features == "exact"
+    bundled = load_backbone("vit_small_patch14_dinov2.lvd142m", weights="bundled", device="cpu")
+    assert options.with_features(bundled, Cleaners()).names == ("raw", "distilled")
 
 
 def test_exact_uses_the_given_artifact(tmp_path: Path) -> None:

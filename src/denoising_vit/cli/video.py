@@ -57,7 +57,7 @@ def video(
     require_writable(out)
     backbone = model.load()
     maker = VideoMaker(backbone, showing, cleaners)
-    print_backbone(backbone, f"; features {', '.join(showing.names)}")
+    print_backbone(backbone, f"; features {', '.join(maker.options.names)}")
     batch = _Batch(maker, out, overwrite)
     table = Report("video", ("frames", "seconds"), as_json=json)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -120,7 +120,14 @@ class VideoOptions(StageOneCrops):
         batch_size: frames per forward pass; defaults to a number chosen for the device.
     """
 
-    features: Annotated[str, features_arg("One row each; exact takes minutes for a second of video.")] = "raw,denoiser"
+    features: Annotated[
+        str | None,
+        features_arg(
+            "One row each; exact takes minutes for a second of video. Without it, raw and those of the given cleaner "
+            "(subtract for an artifact), else distilled or denoiser if the package has one for this backbone, else "
+            "project."
+        ),
+    ] = None
     panels: str = "image,pca"
     size: int | None = None
     side: Literal["long", "short"] = "long"
@@ -141,7 +148,8 @@ class VideoOptions(StageOneCrops):
         Raises:
             PlanError: with the option, its range and its value.
         """
-        parse_names(self.features, KINDS)
+        if self.features is not None:
+            parse_names(self.features, KINDS)
         if "dataset-pca" in self.shown and self.palette is None:
             raise PlanError("the panel dataset-pca needs a saved palette of a data set; give --palette FILE")
         require_at_least(self, _LEAST, PlanError)
@@ -151,10 +159,19 @@ class VideoOptions(StageOneCrops):
         if not (math.isfinite(self.fps) and 0.01 <= self.fps <= 1000):
             raise PlanError(f"fps must be 0.01 to 1000 frames per second, got {self.fps}")
 
+    def with_features(self, backbone: Backbone, cleaners: Cleaners) -> VideoOptions:
+        """These options with names of features: if none are given, raw and clean ones of one forward pass."""
+        if self.features is not None:
+            return self
+        clean = cleaners.preferred(backbone)
+        if not KINDS[clean].one_pass:
+            clean = "project" if cleaners.artifact is None else "subtract"
+        return replace(self, features=f"raw,{clean}")
+
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the features, in order."""
-        return parse_names(self.features, KINDS)
+        """Names of the features, in order; none before :meth:`with_features` unless they are given."""
+        return () if self.features is None else parse_names(self.features, KINDS)
 
     @property
     def shown(self) -> tuple[str, ...]:

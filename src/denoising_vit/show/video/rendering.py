@@ -94,6 +94,7 @@ class VideoMaker:
 
     def __init__(self, backbone: Backbone, options: VideoOptions, cleaners: Cleaners) -> None:
         options.validate()
+        options = options.with_features(backbone, cleaners)
         self.backbone, self.options = backbone, options
         self.encoder = find_encoder()
         self.data_set = None if options.palette is None else read_palette(options.palette, backbone)
