@@ -1,4 +1,4 @@
-"""``dvit``: the command line, thin modules of the verbs."""
+"""``dvit``: the command line, in thin modules of one or more verbs."""
 
 from denoising_vit.cli.app import main
 

@@ -1,4 +1,4 @@
-"""``dvit report`` and ``dvit reproduce``: measured next to published scores."""
+"""``dvit report`` and ``dvit reproduce``: tables of measured scores, and published scores measured again."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def _any_ready(*rows: Row) -> bool:
 
 
 def _measured(row: Row, **settings: Any) -> list[tuple[Step, dict[str, Any]]]:
-    """Run the steps of a row with settings of `reproduce_row`, and print their main scores."""
+    """Run the steps of a row with these arguments of `reproduce_row`, and print their main scores."""
     from denoising_vit.reproduction import reproduce_row
 
     done = []

@@ -209,7 +209,7 @@ class EvidenceCollector:
                 photo.at_whole.clear()
 
     def _blank(self, photos: list[np.ndarray], artifact: Tensor) -> dict[str, BlankProbe]:
-        """Features of the blank-image test by source."""
+        """Features of the blank-image test by source, without `exact`, which would fit every image."""
         images = BlankProbe.of(self._backbone, self._whole.size, photos)
         raw = images.through(self._backbone)
         others = {name: images.through(extractor) for name, extractor in self._others.items()}

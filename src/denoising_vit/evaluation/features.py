@@ -250,7 +250,8 @@ def store_name(
 
 def _common_size(data: EvaluationData, backbone: Backbone) -> tuple[int, int]:
     """The common size of all images, rounded to the patch grid; the backbone's default size if they differ."""
-    match list({images.common_size for images in data.splits}):
-        case [(height, width)]:
-            return native_size(height, width, backbone)
-    return backbone.default_size, backbone.default_size
+    common = data.splits[0].common_size
+    if common is None or any(images.common_size != common for images in data.splits):
+        return backbone.default_size, backbone.default_size
+    height, width = common
+    return native_size(height, width, backbone)

@@ -195,9 +195,8 @@ def _memory(source: FeatureSource, train: LabelledSet, options: HummingbirdOptio
     features, labels, photos = [], [], []
     numbers: dict[str, int] = {}
     for number, ((image, crop), seen) in enumerate(zip(shown, see_all(source, shown), strict=True)):
-        counts = patch_counts(image.labels(), crop, image.classes, *source.patch)[..., :-1].flatten(
-            0, 1
-        )  # (h, w, K) -> (h w, K)
+        counts = patch_counts(image.labels(), crop, image.classes, *source.patch)[..., :-1]
+        counts = counts.flatten(0, 1)  # (h, w, K) -> (h w, K)
         chosen = drawn(counts, quota(options.memory, number, len(shown)), generator)
         features.append(F.normalize(seen.flatten(0, 1)[chosen], dim=-1))
         shares = counts[chosen].float()

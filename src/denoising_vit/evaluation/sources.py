@@ -55,7 +55,8 @@ class FeatureSource(ABC):
         self.name, self.identity, self.cached = name, identity, cached
         self.backbone = backbone_settings(backbone)
         self._of = backbone
-        self.patch_size, self.stride = self.patch = backbone.patch_size, backbone.stride
+        self.patch_size, self.stride = backbone.patch_size, backbone.stride
+        self.patch = self.patch_size, self.stride
         self.device = backbone.device
 
     @abstractmethod

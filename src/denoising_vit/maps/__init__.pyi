@@ -1,4 +1,4 @@
-# The names of this room and where each is defined: read by type checkers, and by lazy_loader on first use.
+# The names of this package and where each is defined: read by type checkers, and by lazy_loader on first use.
 from .clusters import Clusters
 from .colours import Foreground, NormScale, PCABasis, similarity_maps
 from .kinds import TITLES

@@ -101,7 +101,7 @@ class VideoOptions(StageOneCrops):
     """Options of a video.
 
     Attributes:
-        features: names of features.
+        features: names of features; None for raw and clean ones, see :meth:`with_features`.
         panels: one column each, separated by commas: image, pca (in the basis of this clip), dataset-pca (in that of
             --palette), kmeans, first, second, third (principal components), foreground-pca, norm, foreground (from
             --palette if given, else from this clip).
@@ -170,8 +170,9 @@ class VideoOptions(StageOneCrops):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the features, in order; none before :meth:`with_features` unless they are given."""
-        return () if self.features is None else parse_names(self.features, KINDS)
+        """Names of the features, in order; if none are given, only after :meth:`with_features`."""
+        assert self.features is not None
+        return parse_names(self.features, KINDS)
 
     @property
     def shown(self) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ class PhotoExtractor:
         self.passes = sum(one.work for one in self._made.values())
 
     def open(self, photo: Path) -> Picture:
-        """Open a photo, with tiling perhaps region by region; PhotoError if it cannot be read, or is too large."""
+        """Open a photo, which tiling may read region by region; PhotoError if it cannot be read, or is too large."""
         return open_for(next(iter(self._made.values())), photo, self._max_pixels)
 
     def __call__(self, picture: Picture, *, name: str = "photo", progress: OnProgress = lambda *_: None) -> ShownPhoto:

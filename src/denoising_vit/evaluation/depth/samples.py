@@ -106,7 +106,7 @@ def _colours(protocol: DepthProtocol, chance: np.random.Generator) -> Colours | 
 
 
 class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
-    """Random crops of a part of each image, rendered and passed through the model in every step, as published."""
+    """Random crops of images or of a part of each, rendered and passed through the model in each step, as published."""
 
     def __init__(
         self,
@@ -185,8 +185,9 @@ class KeptDepth:
         shown = whole_images(images.images, protocol.size, source)
         features = [compact(one) for one in see(source, shown, cache, progress)]
         tokens = [compact(one) for one in see(source.class_tokens(), shown, cache)] if protocol.class_token else []
-        metres = ((within(image.metres(), protocol.farthest), crop.size) for image, crop in shown)
-        truths = [_at_patches(depth, size, source.patch) for depth, size in metres]
+        truths = [
+            _at_patches(within(image.metres(), protocol.farthest), crop.size, source.patch) for image, crop in shown
+        ]
         return cls(features, tokens, truths, protocol, source.device)
 
     @property

@@ -181,9 +181,10 @@ def linear_segmentation(
         with progress(f"{source.name}: train images", len(data.train.images)) as advance:
             kept = KeptFeatures.take(source, data.train, protocol, cache, advance)
     for seed in seeds:
-        samples = (
-            RandomCrops(source, data.train, protocol, seed) if kept is None else nullcontext(replace(kept, seed=seed))
-        )
+        if kept is None:
+            samples = RandomCrops(source, data.train, protocol, seed)
+        else:
+            samples = nullcontext(replace(kept, seed=seed))
         steps = progress(f"{source.name}, seed {seed}: steps", protocol.steps)
         with samples as samples, steps as advance:
             probe = LinearProbe(samples.channels, classes, seed).to(source.device)

@@ -141,9 +141,9 @@ class KeptFeatures:
         places = chosen(len(self.features), self.batch, step, self.seed)
         features = torch.cat([self.features[index].flatten(0, 1) for index in places])  # (h, w, C) each -> (N, C)
         counts = torch.cat([self.counts[index].flatten(0, 1) for index in places])  # (N, K + 1)
-        scores = probe(features.to(self.device).float()).log_softmax(-1)
-        counts = counts.to(scores)
-        return -(scores * counts[:, :-1]).sum() / counts.sum()
+        likely = probe(features.to(self.device).float()).log_softmax(-1)  # log-probabilities (N, K)
+        counts = counts.to(likely)
+        return -(likely * counts[:, :-1]).sum() / counts.sum()
 
 
 class RandomCrops(RandomSamples[LabelledImage, _Drawn]):

@@ -29,7 +29,9 @@ class _Benchmark:
     figures: dict[str, str]
 
 
-_VOC, _ADE, _NYU = (re.compile(text, re.I) for text in (r"(pascal[^a-z]*)?voc(?!ab)", r"ade(?![a-z])", r"nyu"))
+_VOC = re.compile(r"(pascal[^a-z]*)?voc(?!ab)", re.IGNORECASE)
+_ADE = re.compile(r"ade(?![a-z])", re.IGNORECASE)
+_NYU = re.compile(r"nyu", re.IGNORECASE)
 _BENCHMARKS = (
     _Benchmark("VOC", _VOC, "segmentation", {"voc_miou": "mIoU", "voc_macc": "mAcc"}),
     _Benchmark("ADE20K", _ADE, "segmentation", {"ade_miou": "mIoU", "ade_macc": "mAcc"}),

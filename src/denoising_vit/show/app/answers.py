@@ -118,7 +118,7 @@ class Answer:
 
 
 def read_upload(path: Path) -> np.ndarray:
-    """An uploaded photo or a sample as (H, W, 3) uint8; PhotoError if it cannot be read, without its folder's name."""
+    """An uploaded photo or a sample as (H, W, 3) uint8; PhotoError, without its folder, if it cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:

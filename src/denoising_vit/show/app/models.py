@@ -116,7 +116,7 @@ class Models:
         )
 
     def require_given(self) -> Model:
-        """The first backbone, with a denoiser and an artifact that must fit; errors as of their loading functions."""
+        """The first backbone, if the given denoiser and artifact belong to it; else their errors."""
         backbone, _ = self._loaded(self.spec.backbone)
         if self._denoiser is not None:
             find_denoiser(self._denoiser, backbone)

@@ -38,7 +38,7 @@ class Opened:
     """The addresses of an open page."""
 
     url: str  # on this computer
-    shared: str | None  # in the internet
+    shared: str | None  # public address, if any
 
 
 @contextlib.contextmanager

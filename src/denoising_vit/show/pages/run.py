@@ -121,7 +121,12 @@ def _panels(folder: Path, best: Mapping[str, Any] | None) -> list[Picture]:
 
 
 def write_run_page(folder: Path) -> Path:
-    """Write ``run.html`` into the folder of a run, and return its path; errors as in :func:`render_run`."""
+    """Write ``run.html`` into the folder of a run, and return its path.
+
+    Raises:
+        EvaluationError: if the folder is not a run folder.
+        OSError: if a panel cannot be read, or the page cannot be written.
+    """
     path = folder / "run.html"
     write_page(render_run(folder), path)
     return path

@@ -79,7 +79,7 @@ def render_video(
     Raises:
         ClipError: if the clip cannot be read, PyAV or its encoder is missing, or an unfinished run has other settings.
         OutputError: if the video or its frames would replace files of another source.
-        PlanError: if an option is out of range.
+        PlanError: if an option is out of range, or cleaners of several kinds are given without names of features.
         ArtifactError, DenoiserError, WeightsError, FormatError: if a cleaner or palette is missing or belongs to
             another backbone.
         OSError: if results cannot be written.
