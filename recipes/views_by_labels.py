@@ -54,7 +54,7 @@ def main() -> None:
         tell(images={name: len(some.images) for name, some in data.items()}, size=asked.size)
         for name, some in data.items():
             tell(set=name, features="raw", **probes.scores(name, some, probes.shown(some, backbone, size)))
-        for area in AREAS[: asked.areas]:
+        for area in [tuple(asked.area)] if asked.area else AREAS[: asked.areas]:
             made = plans(backbone, size, max(COUNTS[: asked.counts]), area, 1)[0]
             for name, some in data.items():
                 for count, artifact, features in fields(
@@ -75,6 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--size", type=int, default=518)
     parser.add_argument("--most", type=int, help="images of each set")
+    parser.add_argument("--area", type=float, nargs=2, help="only this range of a view's share of the image's area")
     parser.add_argument("--areas", type=int, default=len(AREAS))
     parser.add_argument("--counts", type=int, default=len(COUNTS))
     parser.add_argument("--batch", type=int, default=64)
