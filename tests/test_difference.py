@@ -173,7 +173,7 @@ def test_contrast_is_restored_to_that_of_the_original_backbone(base: Path, tmp_p
 
 
 def test_contrast_of_constant_features_is_rejected() -> None:
-    with pytest.raises(PlanError, match="features are the same everywhere on these photos; give other photos"):
+    with pytest.raises(PlanError, match="are the same everywhere on these photos: no contrast to restore"):
         contrast([(torch.ones(1, 3, 3, 8), some(1, 3, 3, 8))])
 
 

@@ -1,4 +1,4 @@
-"""Errors and warnings for users: what was expected, what was given, what to do."""
+"""Errors and warnings for users: what was expected, what was given, what to do; and a check of options."""
 
 from __future__ import annotations
 

@@ -109,7 +109,8 @@ class FeatureKind:
     #: Creates the extractor, and the record that identifies its cleaner. None for features that stage 1 fits to each
     #: image: these are read from fields, and no extractor computes them.
     make: Callable[[Backbone, Cleaners], tuple[Extractor, dict[str, str]]] | None
-    #: The field of :class:`Cleaners` that it uses, if any; by default, one from the package, or one that it finds.
+    #: The field of :class:`Cleaners` that it uses, if any. If that is not given, it may use one from the package, or
+    #: find one.
     uses: Literal["artifact", "denoiser", "distilled", "subspace", "registers"] | None = None
     cleans: bool = True  #: False for raw features
     one_pass: bool = True  #: True if an image takes one forward pass

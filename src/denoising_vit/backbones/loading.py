@@ -268,7 +268,7 @@ def _origin(backbone: Backbone) -> str | None:
 def distilled_backbone(backbone: Backbone, given: str | Path | None = None) -> tuple[Backbone, Path]:
     """The backbone with distilled weights, and their file; the last one is kept for as long as the backbone exists.
 
-    Arguments and errors are those of :func:`distilled_path`; errors also those of :func:`with_weights`.
+    Arguments as for :func:`distilled_path`; raises what it and :func:`with_weights` raise.
     """
     path = distilled_path(backbone, given)
     made_from = path.resolve(), path.stat().st_mtime_ns, backbone.fingerprint.short, backbone.device, backbone.dtype

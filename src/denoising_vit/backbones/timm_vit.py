@@ -26,7 +26,7 @@ TimmViT = VisionTransformer | Eva | NaFlexVit
 
 
 class TimmBackbone(Backbone):
-    """A timm ViT that supports any image size, from :func:`build_timm_model` or :func:`any_size`.
+    """A timm ViT as a backbone; the model supports any image size (:func:`build_timm_model`, :func:`any_size`).
 
     Raises:
         BackboneError: if the layer does not exist, the stride is out of range, or patches are not square.

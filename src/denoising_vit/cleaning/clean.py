@@ -227,7 +227,7 @@ def _install_weights(target: nn.Module, backbone: Backbone, given: str | Path | 
     _write(module, changed)
     if isinstance(target, Backbone):
         vars(target)[_ORIGIN] = target.weights
-        target.weights = "distilled" if given is None else str(given)
+        target.weights = "distilled" if given in (None, "shipped") else str(given)
 
 
 def _installed(module: nn.Module) -> dict[str, Tensor]:

@@ -184,8 +184,10 @@ def _well_named(items: Sequence[Item]) -> tuple[list[Item], list[Skipped]]:
         except UnicodeEncodeError:
             skipped.append(Skipped(ascii(item.id), "the name is not UTF-8; rename the file"))
             continue
-        if kept.setdefault(item.id, item) is not item:
+        if item.id in kept:
             skipped.append(Skipped(item.id, "duplicate name; the first item is used"))
+        else:
+            kept[item.id] = item
     return list(kept.values()), skipped
 
 

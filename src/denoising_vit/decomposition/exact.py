@@ -241,9 +241,9 @@ def _subtract_gram(matrix: Tensor, rows: Tensor) -> None:
 
 
 class BlockTridiagonal:
-    """Cholesky factors of a symmetric positive definite matrix, given by its blocks.
+    """Cholesky factors of a block-tridiagonal, symmetric positive definite matrix.
 
-    Those on the diagonal are (n, m, m), those below it (n - 1, m, m).
+    It is given by its blocks on the diagonal (n, m, m) and below it (n - 1, m, m). Memory is two blocks per block row.
 
     ``A = L L^T``, where L has the blocks L_k on its diagonal and ``E_k = A_{k+1,k} L_k^{-T}`` below it. Diagonal blocks
     are stored as inverses, which turns every substitution into matrix products (several times faster than triangular

@@ -56,8 +56,9 @@ class Done:
 class Ready:
     """A photo with the statistics of its views; :meth:`finish` solves it.
 
-    ``about`` has name, size and digest of the photo; ``artifact`` is G (h, w, C), if known; ``raw`` are the features of
-    the whole photo (h, w, C), the first of its views.
+    ``about`` has name, size and digest of the photo; ``statistics`` the sums over its fitted views; ``artifact`` is G
+    (h, w, C), if known; ``held_out_features`` are those of the held-out views, (h, w, C) each; ``raw`` are those of the
+    whole photo (h, w, C), the first of its views.
     """
 
     index: int
@@ -160,7 +161,7 @@ class _Piece:
 
 
 class StageOne:
-    """The exact solver of one backbone and plan, for any number of photos; G may be known, as for `denoise_image`.
+    """The exact solver of one backbone and plan, for any number of photos; ``artifact`` is G, if known.
 
     Raises:
         PlanError: if the method is not exact, or there are too few views.

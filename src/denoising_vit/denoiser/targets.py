@@ -90,7 +90,7 @@ class StoredTargets:
         start: the same backbone with the distilled weights to train further, whose fields may also be the targets.
 
     Raises:
-        TrainError: if the store was fitted with another backbone or is not finished, or if photos are missing.
+        TrainError: if the store was fitted with neither of these backbones, is not finished, or photos are missing.
     """
 
     def __init__(self, store: FeatureStore, photos: Dataset, backbone: Backbone, start: Backbone | None = None) -> None:
@@ -98,6 +98,8 @@ class StoredTargets:
         self._of_start = not same_weights(recorded, describe(backbone))
         if self._of_start and (start is None or not same_weights(recorded, describe(start))):
             remedy = "Use the store's backbone, or fit a new store with this one"
+            if start is not None:
+                remedy += ", or with the weights of --start"
             raise TrainError(mismatch(f"{store.url}: the store was fitted with", recorded, backbone, remedy))
         done, failed = store.done(), store.failed()
         unfinished = [index for index in range(len(store)) if index not in done and index not in failed]

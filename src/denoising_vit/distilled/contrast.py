@@ -33,7 +33,7 @@ def contrast(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, Tensor]:
         student.add(found)
         raw.add(wanted)
     if student.variance <= 0:
-        raise PlanError("the distilled ViT's features are the same everywhere on these photos; give other photos")
+        raise PlanError("features of the distilled ViT are the same everywhere on these photos: no contrast to restore")
     return (raw.variance / student.variance) ** 0.5, student.mean
 
 

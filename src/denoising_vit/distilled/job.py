@@ -101,7 +101,7 @@ class DistillJob:
         begun = None
         if start is not None:
             student = trained_further(student, start)
-            begun = copy.deepcopy(student).to(backbone.dtype)
+            begun = copy.deepcopy(student).to(backbone.dtype) if isinstance(source, Stored) else None
         started = None if start is None else student.digest
         photos, teacher = _photos_and_teacher(source, backbone, begun, denoiser, also)
         held_out = options.held_out_of(len(photos.images))

@@ -27,7 +27,7 @@ from denoising_vit.distilled.models import (
 )
 from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.distilled.weights import write_distilled
-from denoising_vit.errors import TrainError
+from denoising_vit.errors import PlanError, TrainError
 from denoising_vit.progress import prefetched
 from denoising_vit.training.blanks import blank_images, blank_loss
 from denoising_vit.training.checkpoints import Progress
@@ -278,7 +278,10 @@ class Distillation:
         record = self.record | {"step": progress.step, "held_out": {name: round(v, 6) for name, v in figures.items()}}
         state = {_plain(name): value for name, value in state.items()}
         if paths and self.options.contrast:
-            factor, mean = contrast(self.held_out.pairs(self.evaluated))
+            try:
+                factor, mean = contrast(self.held_out.pairs(self.evaluated))
+            except PlanError as error:
+                raise TrainError(f"step {progress.step}: --contrast: {error}") from error
             state = stretched(state, final_norm(self.evaluated.backbone), factor, mean)
             record |= {"contrast": {"factor": round(factor, 4), "photos": len(self.held_out.images)}}
         for path in paths:

@@ -171,7 +171,9 @@ def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]
     try:
         write_tensors(tensors, path, {KEY: json.dumps(head)})
     except OSError as error:
-        raise TrainError(f"{path}: the model could not be written ({error}); a run continues with --resume") from error
+        raise TrainError(
+            f"{path}: the model could not be written ({error}); dvit distill continues a run with --resume"
+        ) from error
 
 
 def trained_further(backbone: Backbone, start: str | Path) -> Backbone:

@@ -1,7 +1,7 @@
 """Checkpoints: plain weights for timm (``local-dir:PATH``), DINOv2 for transformers, and extractor files.
 
-The second kind uses the tensor names of the published checkpoints, which every version of transformers reads. An
-extractor file has a backbone with its denoiser, projection or G in one safetensors file, for this package.
+Those for transformers use the tensor names of the published checkpoints, which every version of it reads. An extractor
+file has a backbone with its denoiser, projection or G in one safetensors file, for this package.
 """
 
 from __future__ import annotations

@@ -103,7 +103,9 @@ def _fitter_of(job: RayJob) -> type[ShardFitter]:
 
 
 def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_photo: OnPhoto) -> None:
-    """Fit shards with the number of workers in the options; ``on_photo`` is called once a photo's shard is finished.
+    """Fit shards with the number of workers in the options.
+
+    When a shard is finished, ``on_photo`` is called for each of its photos, with None or the reason for skipping it.
 
     Raises:
         FitError: if Ray is not installed, no cluster responds, the cluster is too small for a worker, or a worker

@@ -1,8 +1,8 @@
 """Position metrics: how well features predict the position of a patch in the grid, by probes and by MIC.
 
-None is meaningful on its own: a nearly constant map also has no position information. Subtracting the mean over images
-per position removes every linear trace of position by construction, so the linear probe is then 0 even if the position
-can still be predicted, as the neighbour probe shows.
+No metric is meaningful on its own: a nearly constant map also has no position information. Subtracting the mean over
+images per position removes every linear trace of position by construction, so a linear probe then finds nothing even if
+the position can still be predicted, as a nearest-neighbour probe shows.
 
 MIC, the maximal information coefficient (Reshef et al., Science 2011), is the largest mutual information between two
 variables over grids of k x l bins with k l <= B, each divided by its upper bound log min(k, l). Appendix A.4 of

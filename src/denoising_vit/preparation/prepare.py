@@ -213,7 +213,7 @@ _STAGES: dict[str, Callable[[_Work], dict[str, Any]]] = {
 
 
 def _opened(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The record of a folder, which is created if it does not exist; OutputError if it is of another preparation."""
+    """The record of a folder, which is created if it does not exist; OutputError if it has other contents."""
     found = read_object(folder / RECORD) if (folder / RECORD).is_file() else None
     if found is None or found.get("format") != FORMAT:
         if not is_new(folder, RECORD):

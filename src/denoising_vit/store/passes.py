@@ -49,7 +49,8 @@ def find_problems(store: StoreReader) -> Iterator[Problem]:
     ends = {layout.SEALED: store.manifest.shards, layout.STAGED: len(store), layout.FAILED: len(store)}
     for folder, end in ends.items():
         too_large = sorted(number for number in store.numbers(folder) if number >= end)
-        yield from (Problem(f"{folder}/{number}", f"expected a number below {end}") for number in too_large)
+        for number in too_large:
+            yield Problem(f"{folder}/{number}", f"expected a number below {end}")
     for shard in sorted(store.sealed()):
         yield from _sealed(store, ids, shard)
     for index in sorted(store.staged()):

@@ -207,10 +207,17 @@ class StoreReader:
             MissingImageError: if it is unknown, not finished yet, or failed, with the reason.
             StoreError: if it is damaged.
         """
-        index, of = self.index(image), self.manifest
+        index, manifest = self.index(image), self.manifest
         field, record = self.read(index)
-        tensor = torch.from_numpy(field).float()
-        return StoredFeatures(index, self.ids[index], tensor, record, of.size, of.patch_size, of.stride)
+        return StoredFeatures(
+            index=index,
+            id=self.ids[index],
+            field=torch.from_numpy(field).float(),
+            record=record,
+            size=manifest.size,
+            patch_size=manifest.patch_size,
+            stride=manifest.stride,
+        )
 
     def index(self, image: int | str) -> int:
         """The index of an image given by index or id.

@@ -1,4 +1,4 @@
-"""Features of a large picture on one grid, blended from its tiles, and measures against their borders."""
+"""Features of a large picture on one grid, blended from its tiles: offsets that align tiles, and the size of seams."""
 
 from __future__ import annotations
 
