@@ -14,7 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.reporting import load_backbone, number, plain_table, print_error, print_note, show_progress
+from denoising_vit.cli.reporting import (
+    load_backbone,
+    number,
+    plain_table,
+    print_error,
+    print_note,
+    print_skipped,
+    show_progress,
+)
 from denoising_vit.cli.streams import OK, SOME_FAILED, interruptible, print_json
 from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError
@@ -135,7 +143,7 @@ def finish(found: Sequence[Line], out: Path, *, as_json: bool, varied: Sequence[
             print_error(line["failed"], f"{line['features']} failed")
     skipped = lines[0]["skipped"] if lines else []
     for name, reason in skipped:
-        print_error(f"{name}: {reason}", "skipped")
+        print_skipped(name, reason)
     print_note(f"results in {out}; create tables with `dvit report {out} -o results.md`")
     return SOME_FAILED if skipped or any(line["failed"] for line in lines) else OK
 

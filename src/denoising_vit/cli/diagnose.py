@@ -21,6 +21,7 @@ from denoising_vit.cli.reporting import (
     print_error,
     print_left_out,
     print_note,
+    print_skipped,
 )
 from denoising_vit.cli.streams import OK, SOME_FAILED, print_json
 from denoising_vit.diagnosis.options import WRITTEN, DiagnoseOptions
@@ -100,7 +101,7 @@ def diagnose(
 def _print_result(found: Diagnosis, *, as_json: bool) -> int:
     skipped = found.info["skipped"]
     for name, reason in skipped:
-        print_error(f"{name}: {reason}", "skipped")
+        print_skipped(name, reason)
     if as_json:
         print_json(found.record())
     else:

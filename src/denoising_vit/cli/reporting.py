@@ -286,7 +286,7 @@ def open_photos(data: str, photos: int) -> tuple[Dataset, list[int]]:
 def print_left_out(skipped: Iterable[Skipped]) -> None:
     """Print the entries of a data set that could not be used, and why."""
     for item in skipped:
-        print_error(f"{item.item}: {item.reason}", "skipped")
+        print_skipped(item.item, item.reason)
 
 
 @contextlib.contextmanager

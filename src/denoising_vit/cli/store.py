@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.reporting import OnScreen, print_error, print_left_out, print_note, progress_bar
+from denoising_vit.cli.reporting import OnScreen, print_error, print_left_out, print_note, print_skipped, progress_bar
 from denoising_vit.cli.streams import OK, SOME_FAILED, interruptible, print_json
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import FitError, PhotoError, StoreError
@@ -109,7 +109,7 @@ class _Report(OnScreen):
         """Print a summary and return the exit code."""
         done, failed = len(job.store.done()), job.store.failed()
         for index, reason in sorted((self._unreached | failed).items()):
-            print_error(f"{self._dataset[index].id}: {reason}", "skipped")
+            print_skipped(self._dataset[index].id, reason)
         seconds = time.perf_counter() - self._started
         rate = f" at {self._done / seconds:.2f} photos/s" if self._done else ""
         skipped = f", {len(failed)} skipped (use --retry-failed to retry)" if failed else ""

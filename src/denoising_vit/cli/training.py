@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar, show_progress
+from denoising_vit.cli.reporting import OnScreen, print_error, print_note, print_skipped, progress_bar, show_progress
 from denoising_vit.cli.streams import INTERRUPTED, OK, SOME_FAILED
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.denoiser.options import PairOptions, TrainOptions
@@ -242,7 +242,7 @@ class _Run:
         if self.main and not self._reported:
             self._reported = True
             for name, reason in [*((item.item, item.reason) for item in self._left_out), *self._skipped().items()]:
-                print_error(f"{name}: {reason}", "skipped")
+                print_skipped(name, reason)
 
     def _write_page(self) -> None:
         """Write the page of the run, if a step is done; a failure is only a warning."""
