@@ -247,8 +247,8 @@ def print_error(message: str, label: str = "error") -> None:
 
 
 def print_skipped(item: str, reason: str) -> None:
-    """Print that an item was skipped, and why. A reason that starts with the item's name is printed unchanged."""
-    print_error(reason if reason.startswith(item) else f"{item}: {reason}", "skipped")
+    """Print that an item was skipped, and why; a reason that starts with "ITEM: " is printed as it is."""
+    print_error(reason if reason.startswith(f"{item}: ") else f"{item}: {reason}", "skipped")
 
 
 def reason_of(error: Exception) -> str:
