@@ -1,7 +1,7 @@
 """A denoiser trained by another model as teacher, while content-free images stay clean: minutes on a CPU.
 
     PYTHONPATH=src python recipes/second_teacher.py --denoiser FILE --photos DIR -o FILE
-    PYTHONPATH=src python recipes/second_teacher.py --distilled FILE --sizes 518 364x476 --share 1 --photos DIR -o FILE
+    PYTHONPATH=src python recipes/second_teacher.py --distilled FILE --sizes 518,364x476 --share 1 --photos DIR -o FILE
 
 The teacher is another denoiser, or a distilled ViT (`--distilled shipped` for the package's). Training starts from
 the shipped denoiser (`--start`). Part of each step are whole photos, whose targets are the teacher's features; the rest
@@ -34,6 +34,7 @@ from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser import Denoiser, write_denoiser
 from denoising_vit.extractors import Cleaners, Extractor
 from denoising_vit.training.blanks import clean_blanks
+from denoising_vit.training.options import ViewOptions
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Options(Training):
     share: float = 0.5
 
 
-class Pairs(NamedTuple):
+class Taught(NamedTuple):
     """Training data of one size, float16: features (N, h, w, C) of photos, the teacher's, and content-free images'.
 
     The last `held_out` photos are not trained on.
@@ -80,8 +81,9 @@ def main(given: list[str] | None = None) -> None:
     kind = "denoiser" if asked.distilled is None else "distilled"
     teacher, record = Cleaners(denoiser=asked.denoiser, distilled=asked.distilled).extractor(kind, backbone)
     start = dv.load_denoiser(asked.start, backbone=backbone)
-    pairs = {size: paired(backbone, teacher, asked.photos, size, options) for size in asked.sizes}
-    print(clock(started), f"raw features and targets of {options.count} photos", flush=True)
+    sizes = ViewOptions(sizes=asked.sizes).parsed_sizes()
+    pairs = {size: paired(backbone, teacher, asked.photos, size, options) for size in sizes}
+    print(clock(started), f"features of {len(pairs[sizes[0]].raw)} photos at {len(sizes)} size(s)", flush=True)
     student = train(start, pairs, options)
     for size, some_pairs in pairs.items():
         for line in figures(backbone, student, some_pairs, size, options.held_out):
@@ -103,7 +105,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-o", "--out", required=True, type=Path, help="the .safetensors file to write")
     parser.add_argument("--weights", default="auto")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--sizes", nargs="+", type=pixels, default=[(518, 518)], help="such as 518 or 364x476 (H x W)")
+    parser.add_argument("--sizes", default="518", help="sizes in pixels as for dvit train: 518,364x476 (H x W)")
     parser.add_argument("--count", type=int, default=Options.count, help="number of photos, held-out ones included")
     parser.add_argument("--held-out", type=int, default=Options.held_out, help="number of photos not trained on")
     parser.add_argument("--blanks", type=int, default=Options.blanks, help="number of content-free images per size")
@@ -113,14 +115,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-def pixels(text: str) -> Size:
-    """(H, W) of ``518`` or ``364x476``."""
-    height, _, width = text.partition("x")
-    return int(height), int(width or height)
-
-
 @torch.no_grad()
-def paired(backbone: Backbone, teacher: Extractor, folder: Path, size: Size, options: Options) -> Pairs:
+def paired(backbone: Backbone, teacher: Extractor, folder: Path, size: Size, options: Options) -> Taught:
     """Features of random photos of a folder, resized to one size, and of content-free images."""
     photos = read_photos(folder, backbone.device)
     chosen = np.random.RandomState(options.seed + 1).permutation(len(photos))[: options.count]
@@ -128,10 +124,10 @@ def paired(backbone: Backbone, teacher: Extractor, folder: Path, size: Size, opt
     images = (render(photos[index], whole, unflipped, size, backbone) for index in chosen)
     features = [(backbone(image).half(), teacher(image).half()) for image in images]
     raw, target = (torch.cat(maps) for maps in zip(*features, strict=True))
-    return Pairs(raw, target, blank_features(backbone, size, options.blanks, options.seed + 1, 4))
+    return Taught(raw, target, blank_features(backbone, size, options.blanks, options.seed + 1, 4))
 
 
-def train(start: Denoiser, pairs: dict[Size, Pairs], options: Options) -> Denoiser:
+def train(start: Denoiser, pairs: dict[Size, Taught], options: Options) -> Denoiser:
     """Trains a copy of a denoiser; each step has pairs of one size."""
     student = copy.deepcopy(start).train().requires_grad_(True)
     order = torch.Generator().manual_seed(options.seed)
@@ -151,7 +147,7 @@ def train(start: Denoiser, pairs: dict[Size, Pairs], options: Options) -> Denois
 
 @torch.no_grad()
 def figures(
-    backbone: Backbone, student: Denoiser, pairs: Pairs, size: Size, held_out: int
+    backbone: Backbone, student: Denoiser, pairs: Taught, size: Size, held_out: int
 ) -> Iterator[dict[str, float | str]]:
     """What is left on content-free images, and cosines to the teacher on held-out photos, for student and raw."""
     for kind, images in probes.blank_images(backbone, size).items():

@@ -75,7 +75,7 @@ def test_student_follows_a_second_teacher_and_blank_images_stay_clean(
     if kind == "denoiser":
         teacher = str(tmp_path / "teacher.safetensors")
         write_denoiser(other_denoiser(), teacher)
-    asked = "--weights bundled --device cpu --sizes 112 98x126 --count 4 --held-out 1 --blanks 32 --steps 40 --share 1"
+    asked = "--weights bundled --device cpu --sizes 112,98x126 --count 4 --held-out 1 --blanks 32 --steps 40 --share 1"
     load("second_teacher.py")([*asked.split(), f"--{kind}", teacher, "--photos", str(photos), "-o", str(out)])
     lines = [json.loads(line[line.index("{") :]) for line in capsys.readouterr().out.splitlines() if "{" in line]
     for size in ([112, 112], [98, 126]):

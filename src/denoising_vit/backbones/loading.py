@@ -294,6 +294,11 @@ def find_distilled(backbone: Backbone) -> Path | None:
     return None
 
 
+def means_own(given: str | Path) -> bool:
+    """True if a name means the package's distilled weights, not a file."""
+    return str(given) in ("shipped", "distilled")
+
+
 def distilled_path(backbone: Backbone, given: str | Path | None = None, *, how: str = "--distilled FILE") -> Path:
     """File of distilled weights of a backbone: the given one, or the package's.
 
@@ -305,8 +310,7 @@ def distilled_path(backbone: Backbone, given: str | Path | None = None, *, how: 
     Raises:
         WeightsError: if the file does not exist, or the package has none for these weights and this layer.
     """
-    own = given is None or str(given) in ("shipped", "distilled")
-    path = find_distilled(backbone) if own else Path(str(given)).expanduser()
+    path = find_distilled(backbone) if given is None or means_own(given) else Path(given).expanduser()
     if path is None:
         raise WeightsError(
             f"the package has no distilled weights for {backbone.name} with these weights ({backbone.weights}), "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.huggingface_loading import is_model_of_transformers, wrap_huggingface
-from denoising_vit.backbones.loading import distilled_path, with_weights
+from denoising_vit.backbones.loading import distilled_path, means_own, with_weights
 from denoising_vit.backbones.module import ModuleBackbone
 from denoising_vit.backbones.subclassing import generalise, specialise
 from denoising_vit.backbones.timm_vit import TimmBackbone, TimmViT, any_size, timm_name
@@ -227,7 +227,7 @@ def _install_weights(target: nn.Module, backbone: Backbone, given: str | Path | 
     _write(module, changed)
     if isinstance(target, Backbone):
         vars(target)[_ORIGIN] = target.weights
-        target.weights = "distilled" if given in (None, "shipped") else str(given)
+        target.weights = "distilled" if given is None or means_own(given) else str(given)
 
 
 def _installed(module: nn.Module) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,24 @@ def final_norm(student: Backbone) -> str:
             f"{last}; got {'another layer' if student.layer != last else 'none'}"
         )
     return name
+
+
+def restored(
+    state: dict[str, Tensor], norm: str, pairs: Iterable[tuple[Tensor, Tensor]], photos: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights whose features vary as much as raw ones, by their names in timm, and the record of the change.
+
+    Args:
+        state: weights by their names in timm.
+        norm: name of the norm to change, see :func:`final_norm`.
+        pairs: features as for :func:`contrast`.
+        photos: number of photos that they are of, for the record.
+
+    Raises:
+        PlanError: if the student's features do not vary.
+    """
+    factor, mean = contrast(pairs)
+    return stretched(state, norm, factor, mean), {"contrast": {"factor": round(factor, 4), "photos": photos}}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.distilled.contrast import contrast, final_norm, stretched
+from denoising_vit.distilled.contrast import final_norm, restored
 from denoising_vit.distilled.held_out import HeldOut
 from denoising_vit.distilled.models import (
     Average,
@@ -278,12 +278,12 @@ class Distillation:
         record = self.record | {"step": progress.step, "held_out": {name: round(v, 6) for name, v in figures.items()}}
         state = {_plain(name): value for name, value in state.items()}
         if paths and self.options.contrast:
+            norm, pairs = final_norm(self.evaluated.backbone), self.held_out.pairs(self.evaluated)
             try:
-                factor, mean = contrast(self.held_out.pairs(self.evaluated))
+                state, change = restored(state, norm, pairs, len(self.held_out.images))
             except PlanError as error:
                 raise TrainError(f"step {progress.step}: --contrast: {error}") from error
-            state = stretched(state, final_norm(self.evaluated.backbone), factor, mean)
-            record |= {"contrast": {"factor": round(factor, 4), "photos": len(self.held_out.images)}}
+            record |= change
         for path in paths:
             write_distilled(state, path, record)
         return progress

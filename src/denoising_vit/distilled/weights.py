@@ -17,7 +17,7 @@ from denoising_vit.backbones.difference import WHOLE_VERSION, whole_record, writ
 from denoising_vit.backbones.loading import distilled_path, with_weights
 from denoising_vit.backbones.recorded import require_record, require_recorded
 from denoising_vit.backbones.timm_vit import TimmBackbone
-from denoising_vit.distilled.contrast import contrast, final_norm, stretched
+from denoising_vit.distilled.contrast import final_norm, restored
 from denoising_vit.errors import FormatError, PlanError, TrainError
 from denoising_vit.files import DISTILLED, KEY, atomic_path, compact, read_record, write_tensors
 from denoising_vit.hub.pretrained import Pretrained
@@ -111,9 +111,9 @@ class DistilledWeights(Pretrained):
         norm = final_norm(trained)  # rejects unsuitable models before any photo is read
         images = photo_images(photos, base, size or (base.default_size, base.default_size))
         with torch.no_grad():
-            factor, mean = contrast((trained(image), base(image)) for image in images)
-        record = whole_record(self.record) | {"contrast": {"factor": round(factor, 4), "photos": len(images)}}
-        write_distilled(stretched(_state(trained), norm, factor, mean), Path(path), record)
+            pairs = ((trained(image), base(image)) for image in images)
+            state, change = restored(_state(trained), norm, pairs, len(images))
+        write_distilled(state, Path(path), whole_record(self.record) | change)
         return self.load(path)
 
     def _pair(self, path: str | Path, base: Backbone | None) -> tuple[Backbone, Backbone]:
