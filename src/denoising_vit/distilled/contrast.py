@@ -1,15 +1,16 @@
 """Restore the contrast that stage 3 takes from features.
 
-A student learns the mean of what its noisy targets could be, so its features vary less than raw ones: a ViT-S/14
-(DINOv2) loses a quarter of their variance. Directions hardly change, but methods that read the sign of inner products,
-such as LOST, then take too many patches for similar (docs/decisions.md).
+A student learns the mean of what its noisy targets could be, so its features vary less than raw ones, some channels
+less than others: a ViT-S/14 (DINOv2) loses a quarter of their variance. Their mean shifts as well. Directions hardly
+change, but methods that read the sign of inner products, such as LOST, then take too many patches for similar
+(docs/decisions.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,37 +20,48 @@ from denoising_vit.backbones.timm_vit import TimmBackbone
 from denoising_vit.errors import PlanError
 
 
+class Contrast(NamedTuple):
+    """The change f' = factor f + shift of each channel that restores mean and variance of raw features; both (C,)."""
+
+    factor: Tensor
+    shift: Tensor
+
+
 @torch.no_grad()
-def contrast(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, Tensor]:
-    """The factor by which raw features deviate more from their mean than the student's, and the student's mean (C,).
+def contrast(pairs: Iterable[tuple[Tensor, Tensor]]) -> Contrast:
+    """The change that gives each channel of the student's features the mean and variance of the raw one.
+
+    Channels that do not vary, in either, are only shifted.
 
     Args:
         pairs: features (B, h, w, C) of the distilled ViT and raw features, of the same images.
 
     Raises:
-        PlanError: if the student's features do not vary.
+        PlanError: if no channel of the student's features varies.
     """
     student, raw = _Moments(), _Moments()
     for found, wanted in pairs:
         student.add(found)
         raw.add(wanted)
-    if student.variance <= 0:
+    varies = (student.variance > 0) & (raw.variance > 0)
+    if not (student.variance > 0).any():
         raise PlanError("features of the distilled ViT are the same everywhere on these photos: no contrast to restore")
-    return (raw.variance / student.variance) ** 0.5, student.mean
+    factor = torch.where(varies, raw.variance / student.variance, 1.0).sqrt()
+    return Contrast(factor, raw.mean - factor * student.mean)
 
 
 @dataclass
 class _Moments:
-    """Sums over patches: of features (C,), of their squares over channels, and the number of patches."""
+    """Sums over patches: of features (C,), of their squares (C,), and the number of patches."""
 
     total: Tensor = field(default_factory=lambda: torch.zeros(()))
-    squares: float = 0.0
+    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
     count: int = 0
 
     def add(self, features: Tensor) -> None:
         patches = features.flatten(0, 2).double().cpu()
         self.total = self.total + patches.sum(0)
-        self.squares += float(patches.square().sum())
+        self.squares = self.squares + patches.square().sum(0)
         self.count += len(patches)
 
     @property
@@ -57,9 +69,11 @@ class _Moments:
         return self.total / self.count
 
     @property
-    def variance(self) -> float:
-        """Variance over patches, summed over channels."""
-        return self.squares / self.count - float(self.mean.square().sum())
+    def variance(self) -> Tensor:
+        """Variance of each channel over patches; 0 where it is below the error of its sums."""
+        squares = self.squares / self.count
+        variance = squares - self.mean.square()
+        return torch.where(variance > 1e-12 * squares, variance, 0.0)
 
 
 def final_norm(student: Backbone) -> str:
@@ -84,7 +98,7 @@ def final_norm(student: Backbone) -> str:
 def restored(
     state: dict[str, Tensor], norm: str, pairs: Iterable[tuple[Tensor, Tensor]], photos: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights whose features vary as much as raw ones, by their names in timm, and the record of the change.
+    """Weights whose features have the mean and variance of raw ones, by their names in timm, and a record of it.
 
     Args:
         state: weights by their names in timm.
@@ -95,18 +109,17 @@ def restored(
     Raises:
         PlanError: if the student's features do not vary.
     """
-    factor, mean = contrast(pairs)
-    return stretched(state, norm, factor, mean), {"contrast": {"factor": round(factor, 4), "photos": photos}}
+    change = contrast(pairs)
+    record = {"contrast": {"factor": round(float(change.factor.mean()), 4), "photos": photos}}
+    return stretched(state, norm, change), record
 
 
 @torch.no_grad()
-def stretched(state: dict[str, Tensor], norm: str, factor: float, mean: Tensor) -> dict[str, Tensor]:
-    """Weights whose features are f' = mean + factor (f - mean), by their names in timm.
+def stretched(state: dict[str, Tensor], norm: str, change: Contrast) -> dict[str, Tensor]:
+    """Weights whose features are factor f + shift, by their names in timm.
 
     Only the final norm changes, whose output is affine in its weights. It applies to class token and registers too.
     """
     weight, bias = (state[f"{norm}.{part}"].float() for part in ("weight", "bias"))
-    return state | {
-        f"{norm}.weight": factor * weight,
-        f"{norm}.bias": factor * bias + (1 - factor) * mean.to(bias),
-    }
+    factor, shift = (value.to(bias) for value in change)
+    return state | {f"{norm}.weight": factor * weight, f"{norm}.bias": factor * bias + shift}

@@ -28,8 +28,8 @@ class DistillOptions(RunOptions):
         layer_decay: factor on the learning rate from each block to the previous one; 1 is as published.
         ema: decay of an exponential moving average of the weights, which is then evaluated and written; 0 for none.
         hold_prefix: weight of the loss that keeps class token and registers unchanged; 0 for none.
-        contrast: stretch the features of the written weights about their mean to the variance of raw features on the
-            held-out photos, because regression to noisy targets reduces it. Training and metrics are unaffected.
+        contrast: scale and shift each channel of the written weights' features to the mean and variance of the raw one
+            on the held-out photos, because regression to noisy targets reduces it. Training and metrics are unaffected.
         checkpointing: recompute the blocks' activations in the backward pass: less memory, a third more time.
         shard: shard weights, gradients and optimizer state between the processes (FSDP), for models too large for one
             device.

@@ -89,9 +89,9 @@ class DistilledWeights(Pretrained):
         size: tuple[int, int] | None = None,
         base: Backbone | None = None,
     ) -> Self:
-        """Write whole weights whose features vary as much over photos as those of the original backbone.
+        """Write whole weights whose features have the mean and variance of those of the original backbone.
 
-        Stage 3 reduces the contrast of features, which only their scale shows; see
+        Each channel is scaled and shifted, because stage 3 reduces contrast; see
         :mod:`denoising_vit.distilled.contrast`.
 
         Args:
